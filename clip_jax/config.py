@@ -1,0 +1,136 @@
+"""The configuration of a run: every key there is, its default, and what it means.
+
+A recipe (`configs/*.py`) starts from `default_config` and changes what it must; the command line
+changes single keys: `--config.optim.peak_lr=1e-3`. A key that is not here is an error.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_dict
+
+from clip_jax.models import CLIPConfig, TextConfig, ViTConfig, model_config
+
+
+def _overrides(architecture: type) -> dict[str, Any]:
+    """A placeholder for each field of an architecture: None stands for the named model's value."""
+    return {
+        field.name: config_dict.placeholder(field.type if isinstance(field.type, type) else str)
+        for field in dataclasses.fields(architecture)
+    }
+
+
+def default_config() -> ConfigDict:
+    """The paper's settings for its ViTs wherever the paper gives one; sizes in steps and pairs."""
+    return ConfigDict(
+        {
+            "seed": 0,  # of the initial parameters, the data order and the augmentation
+            "model": {
+                "name": "ViT-B/32",  # one of clip_jax.available_models()
+                "embed_dim": config_dict.placeholder(int),  # None: as the named model has it
+                "vision": _overrides(ViTConfig),
+                "text": _overrides(TextConfig),
+            },
+            "data": {
+                # "tfds:NAME:SPLIT", or TFRecord shards: a path, a brace pattern, several of them
+                # separated by commas; local or gs://.
+                "train": config_dict.placeholder(str),
+                "data_dir": config_dict.placeholder(str),  # of TFDS; None: TFDS's own default
+                "image_feature": "jpg",  # of TFRecords; the default is what img2dataset writes
+                "caption_feature": "txt",
+                "streams": 8,  # the order's units: fixed, so that it does not depend on hosts
+                "shuffle_window": 65_536,  # pairs, of all streams together
+                # Sides of the random square crop, as shares of the largest square; (1, 1) is the
+                # paper's crop: short side to size, then a random square.
+                "crop": (1.0, 1.0),
+            },
+            "train": {
+                "steps": 390_625,  # 32 epochs of 400M pairs in batches of 32,768
+                "batch_size": 32_768,  # of all devices together
+                "dtype": "bfloat16",  # of compute; parameters and optimizer state are float32
+                "remat": "none",  # none, dots, full: what the backward pass recomputes
+                "max_logit_scale": 100.0,
+                "init_from": config_dict.placeholder(str),  # a workdir whose weights to start from
+            },
+            "optim": {
+                "peak_lr": 5e-4,
+                "warmup_steps": 2_000,
+                "beta1": 0.9,
+                "beta2": 0.98,
+                "eps": 1e-6,
+                "weight_decay": 0.2,
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: all devices that are left
+            "checkpoint": {"every": 1_000, "keep": 3},
+            "eval": {
+                "every": 5_000,  # 0: only at the end
+                "datasets": (),  # names that `python -m clip_jax.eval --dataset` takes
+                "batch_size": 1_024,
+            },
+            "log": {"every": 50},
+        }
+    )
+
+
+def architecture(config: ConfigDict) -> CLIPConfig:
+    """The `model` section as an architecture: the named model, changed where a value is given.
+
+    Raises:
+        ConfigError: no model of that name.
+    """
+    base = model_config(config.name)
+
+    def given(section: ConfigDict) -> dict[str, Any]:
+        return {key: value for key, value in section.items() if value is not None}
+
+    return CLIPConfig(
+        embed_dim=config.embed_dim or base.embed_dim,
+        vision=dataclasses.replace(base.vision, **given(config.vision)),
+        text=dataclasses.replace(base.text, **given(config.text)),
+    )
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """For `app.run(main, flags_parser=parse_flags)`: a mistake ends in one plain message.
+
+    A mistyped `--config` key is answered with the keys that exist there. Exits with status 2.
+    """
+    try:
+        positional = flags.FLAGS(argv)
+        if not flags.FLAGS.is_parsed() or len(positional) > 1:
+            raise flags.Error(f"unexpected arguments: {' '.join(positional[1:])}")
+        if flags.FLAGS["config"].value is None:
+            raise flags.Error("--config=FILE is missing, such as --config=configs/quickstart.py")
+        flags.FLAGS.config.to_dict()  # a file that cannot be read shows on the first use
+        return positional
+    except (AttributeError, KeyError) as error:
+        message = _explain_unknown_key(argv) or str(error)
+    except (flags.Error, OSError, TypeError, ValueError, ImportError, SyntaxError) as error:
+        message = str(error)
+    sys.exit(_fail(message))
+
+
+def _fail(message: str) -> int:
+    print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+    return 2
+
+
+def _explain_unknown_key(argv: Sequence[str]) -> str | None:
+    """Finds the first override that names no key, and says which keys there are."""
+    overrides = [arg.lstrip("-") for arg in argv if arg.lstrip("-").startswith("config.")]
+    flags.FLAGS.unparse_flags()
+    # ml_collections looks for overrides in sys.argv itself, so that is where they must go.
+    sys.argv = [arg for arg in argv if arg.lstrip("-") not in overrides]
+    flags.FLAGS(sys.argv)
+    for override in overrides:
+        name = override.partition("=")[0]
+        section, path = flags.FLAGS.config, "config"
+        for key in name.split(".")[1:]:
+            if not isinstance(section, ConfigDict) or key not in section:
+                keys = ", ".join(section.keys()) if isinstance(section, ConfigDict) else "none"
+                return f"--{name}: {path} has no key {key!r}; its keys: {keys}"
+            section, path = section[key], f"{path}.{key}"
+    return None

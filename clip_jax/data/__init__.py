@@ -1,0 +1,1 @@
+"""Sources -> order -> pictures -> batches. TensorFlow is imported by the modules, not here."""

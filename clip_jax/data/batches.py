@@ -1,0 +1,221 @@
+"""Batches for the device: training batches in exact order, and evaluation batches without loss."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import tensorflow as tf
+from jaxtyping import Bool, UInt8
+from ml_collections import ConfigDict
+
+from clip_jax.data import images
+from clip_jax.data.batch import Batch
+from clip_jax.data.order import Order, fold_in, ordered_records
+from clip_jax.data.sources import Source
+from clip_jax.errors import DataError
+from clip_jax.tokenizer import tokenize
+
+T = TypeVar("T")
+
+
+class EvalBatch(NamedTuple):
+    """Rows of an evaluation set; the rows whose `valid` is False are padding."""
+
+    image: UInt8[np.ndarray, "b H W 3"]
+    valid: Bool[np.ndarray, " b"]
+    features: dict[str, np.ndarray]
+
+
+def train_batches(
+    source: Source,
+    order: Order,
+    config: ConfigDict,
+    image_size: int,
+    context_length: int,
+) -> Iterator[Batch]:
+    """Endless batches from where `order` stands; this host's rows, in host memory.
+
+    The crop of a record depends on the seed, its stream and its ticket alone.
+
+    Raises:
+        DataError: a picture that does not decode, an empty caption, a shard that cannot be read;
+            the message names shard and record.
+    """
+    batch_size = config.train.batch_size
+    host, hosts = jax.process_index(), jax.process_count()
+
+    def to_row(record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        features = source.parse(record["record"])
+        seed = fold_in([order.seed, 1], record["stream"], record["ticket"])
+        return {
+            "image": images.random_square_crop(
+                images.decode(features["image"]), image_size, config.data.crop, seed
+            ),
+            "caption": features["caption"],
+            "shard": record["shard"],
+            "index": record["index"],
+        }
+
+    rows = ordered_records(source, order, batch_size, host, hosts).map(
+        to_row, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
+    rows = rows.batch(batch_size // hosts, drop_remainder=True).prefetch(2)
+    iterator = rows.as_numpy_iterator()
+    while True:
+        try:
+            batch = next(iterator)
+        except tf.errors.OpError as error:
+            fault = _find_fault(source, order, batch_size, host, hosts)
+            raise DataError(fault or f"{source.spec}: {error.message}") from error
+        yield Batch(batch["image"], _tokenize(batch, context_length))
+        order = order.after(1, batch_size)
+
+
+def _tokenize(batch: dict[str, np.ndarray], context_length: int) -> np.ndarray:
+    captions = [caption.decode("utf-8", errors="replace") for caption in batch["caption"]]
+    for row, caption in enumerate(captions):
+        if not caption.strip():
+            raise DataError(
+                f"{batch['shard'][row].decode()}, record {batch['index'][row]}: the caption is "
+                "empty; write the shard again without the record"
+            )
+    return tokenize(captions, context_length, truncate=True)
+
+
+def _find_fault(
+    source: Source, order: Order, batch_size: int, host: int, hosts: int
+) -> str | None:
+    """Reads the batch that failed once more, one record at a time, to name the one at fault."""
+    records = ordered_records(source, order, batch_size, host, hosts).take(batch_size // hosts)
+    try:
+        for record in records.as_numpy_iterator():
+            try:
+                images.decode(source.parse(record["record"])["image"])
+            except tf.errors.OpError as error:
+                return (
+                    f"{record['shard'].decode()}, record {record['index']}: {error.message}; "
+                    "write the shard again without the record"
+                )
+    except tf.errors.OpError as error:
+        return f"{source.spec} cannot be read: {error.message}"
+    return None
+
+
+def eval_batches(source: Source, image_size: int, batch_size: int) -> Iterator[EvalBatch]:
+    """Every example once, in order, through the evaluation transform.
+
+    The hosts share out the examples; all of them get the same number of batches of
+    `batch_size // hosts` rows, so that collectives match, the last ones padded.
+
+    Raises:
+        DataError: a picture that does not decode, or a shard that cannot be read.
+    """
+    host, hosts = jax.process_index(), jax.process_count()
+    if batch_size % hosts:
+        raise DataError(f"eval.batch_size={batch_size} is not a multiple of the {hosts} hosts")
+    rows_per_host = batch_size // hosts
+
+    def to_row(features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        pixels = images.decode(features.pop("image"))
+        return features | {"image": images.resize_and_center_crop(pixels, image_size)}
+
+    records = tf.data.Dataset.from_generator(
+        lambda: iter(source.shards),
+        output_signature=(
+            tf.TensorSpec([], tf.string),
+            tf.TensorSpec([], tf.int64),
+            tf.TensorSpec([], tf.int64),
+        ),
+    ).flat_map(lambda path, skip, take: tf.data.TFRecordDataset(path).skip(skip).take(take))
+    rows = (
+        records.shard(hosts, host)
+        .map(source.parse)
+        .map(to_row, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .batch(rows_per_host)
+        .prefetch(2)
+    )
+    count = sum(source.counts) if source.counts is not None else _count(records)
+    batches = -(-count // batch_size)
+    iterator = rows.as_numpy_iterator()
+    template: dict[str, np.ndarray] | None = None
+    for _ in range(batches):
+        try:
+            row = next(iterator, None)
+        except tf.errors.OpError as error:
+            raise DataError(f"{source.spec}: {error.message}") from error
+        if row is None:  # the other hosts have one batch more
+            assert template is not None, "a host without a single example"
+            row = {key: value[:0] for key, value in template.items()}
+        template = row
+        padded = {key: _pad(value, rows_per_host) for key, value in row.items()}
+        yield EvalBatch(
+            image=padded.pop("image"),
+            valid=np.arange(rows_per_host) < len(row["image"]),
+            features=padded,
+        )
+
+
+def _pad(rows: np.ndarray, length: int) -> np.ndarray:
+    filling = b"" if rows.dtype == object else 0  # TensorFlow's strings arrive as objects
+    shape = (length - len(rows), *rows.shape[1:])
+    return np.concatenate([rows, np.full(shape, filling, rows.dtype)])
+
+
+def _count(records: tf.data.Dataset) -> int:
+    return int(records.reduce(np.int64(0), lambda total, _: total + 1))
+
+
+class Prefetch(Generic[T]):
+    """Runs an iterator in a thread, `depth` items ahead, and measures how long one waits for it.
+
+    An exception in the thread is raised where the item would have been taken.
+
+    Attributes:
+        waited: seconds that `next` has blocked so far.
+    """
+
+    def __init__(self, items: Iterator[Any], put: Callable[[Any], T], depth: int = 2):
+        self.waited = 0.0
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(items, put), daemon=True)
+        self._thread.start()
+
+    def _run(self, items: Iterator[Any], put: Callable[[Any], T]) -> None:
+        try:
+            for item in items:
+                if not self._offer(put(item)):
+                    return
+            self._offer(StopIteration())
+        except BaseException as error:
+            self._offer(error)
+
+    def _offer(self, item: Any) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.waited += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,105 @@
+"""The mesh, and one table that says how every array of the train state lies on it.
+
+Mesh axes: `data` splits the batch; `fsdp` splits the batch too, and the parameters and the
+optimizer's moments; `tensor` splits heads and MLP hidden units.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from clip_jax.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+BATCH_SPEC = PartitionSpec(BATCH_AXES)
+
+P = PartitionSpec
+# The first rule whose pattern is found in an array's path decides. Stacked blocks have a leading
+# axis of layers, which is never split. A moment has its parameter's path as its tail, so it lies
+# as its parameter does.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"blocks/attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor", None)),  # L D K H
+    (r"blocks/attention/(query|key|value)/bias$", P(None, "tensor", None)),  # L K H
+    (r"blocks/attention/out/kernel$", P(None, "tensor", None, "fsdp")),  # L K H D
+    (r"blocks/mlp/up/kernel$", P(None, "fsdp", "tensor")),  # L D F
+    (r"blocks/mlp/up/bias$", P(None, "tensor")),  # L F
+    (r"blocks/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # L F D
+    (r"blocks/(attention/out|mlp/down)/bias$", P()),
+    (r"ln_\w+/(scale|bias)$", P()),
+    (r"patch_embedding/kernel$", P(None, "fsdp")),  # P D
+    (r"(token|position)_embedding$", P(None, "fsdp")),  # V D, T D
+    (r"(visual|text)/projection$", P("fsdp", None)),  # D E
+    (r"class_embedding$", P()),
+    (r"(^|/)(step|count|logit_scale)$", P()),
+)
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """Mesh over all devices from the `mesh` section; data=-1 takes what the others leave.
+
+    Raises:
+        ConfigError: the axes' product is not the number of devices.
+    """
+    devices = jax.device_count()
+    data, fsdp, tensor = config.data, config.fsdp, config.tensor
+    if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
+        raise ConfigError(f"mesh axes must be positive (data may be -1), got {dict(config)}")
+    if data == -1:
+        data = max(devices // (fsdp * tensor), 1)
+    if data * fsdp * tensor != devices:
+        raise ConfigError(
+            f"mesh data={config.data} fsdp={fsdp} tensor={tensor} does not use the {devices} "
+            f"devices exactly; choose axes whose product is {devices}, or data=-1 with "
+            "fsdp * tensor dividing it"
+        )
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_divisor(mesh: Mesh) -> int:
+    """The number that the global batch must be a multiple of."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """NamedShardings for every array of a train state (or of any tree with the same paths).
+
+    Args:
+        state: pytree of arrays or of their shapes.
+        mesh: a mesh with the axes `AXES`.
+
+    Raises:
+        ConfigError: arrays that no rule matches, or whose axes the mesh does not divide; all of
+            them in one message.
+    """
+    faults: list[str] = []
+
+    def sharding(path, leaf) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, spec in RULES:
+            if re.search(pattern, name):
+                break
+        else:
+            faults.append(f"{name} {leaf.shape}: no rule in sharding.RULES matches")
+            return NamedSharding(mesh, P())
+        for size, axis in zip(leaf.shape, spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                faults.append(f"{name} {leaf.shape}: {axis}={mesh.shape[axis]} does not divide {size}")
+        return NamedSharding(mesh, spec)
+
+    shardings = jax.tree_util.tree_map_with_path(sharding, state)
+    if faults:
+        raise ConfigError("the train state cannot be sharded:\n  " + "\n  ".join(faults))
+    return shardings
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Makes global arrays, split over the batch axes, of each host's own rows (numpy)."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
+    )

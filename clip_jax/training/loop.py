@@ -1,0 +1,184 @@
+"""The one place that orders things: config -> data -> model -> step -> checkpoint -> evaluation."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from clip_jax.checkpoint import Checkpoints, ModelCard, load_params
+from clip_jax.config import architecture
+from clip_jax.data.batches import Prefetch, train_batches
+from clip_jax.data.order import Order
+from clip_jax.data.sources import open_source
+from clip_jax.errors import CheckpointError, ConfigError
+from clip_jax.models import CLIP
+from clip_jax.models.vit import resize_position_embedding
+from clip_jax.optim import learning_rate_schedule, make_optimizer
+from clip_jax.preprocess import Preprocess
+from clip_jax.sharding import batch_divisor, make_mesh, shard_batch
+from clip_jax.training.metrics import TrainLog
+from clip_jax.training.state import TrainState, abstract_model, abstract_state, initial_state
+from clip_jax.training.step import make_train_step
+
+Evaluator = Callable[[CLIP, Preprocess, Mesh], Mapping[str, float]]
+
+
+class Interrupted(SystemExit):
+    """The run was told to stop and has saved its state; the exit status is the signal's."""
+
+
+class Result(NamedTuple):
+    """What a run ends with."""
+
+    model: CLIP
+    preprocess: Preprocess
+    mesh: Mesh
+    metrics: dict[str, float]  # of the last evaluation
+
+
+def train(
+    config: ConfigDict, workdir: str, evaluators: Mapping[str, Evaluator] | None = None
+) -> Result:
+    """Trains a CLIP, or goes on where the checkpoints in `workdir` end.
+
+    Args:
+        config: see `clip_jax.config.default_config`.
+        workdir: for checkpoints and metrics; local or gs://.
+        evaluators: called every `config.eval.every` steps and at the end, on all hosts; their
+            metrics are logged under NAME/METRIC.
+
+    Raises:
+        ConfigError: settings that cannot work; the message has the numbers.
+        DataError: data that is missing or damaged.
+        CheckpointError: checkpoints that are damaged or of another model.
+        FloatingPointError: the loss is no longer finite.
+        Interrupted: SIGINT or SIGTERM came; the state is saved.
+    """
+    mesh = make_mesh(config.mesh)
+    batch_size, steps = config.train.batch_size, config.train.steps
+    if batch_size % batch_divisor(mesh):
+        raise ConfigError(
+            f"train.batch_size={batch_size} is not a multiple of {batch_divisor(mesh)}, the number "
+            "of devices along the mesh's data and fsdp axes, which share out the batch"
+        )
+    model_config = architecture(config.model)
+    preprocess = Preprocess(model_config.vision.image_size)
+    graphdef, params = abstract_model(model_config, config.train.dtype, config.train.remat)
+    schedule = learning_rate_schedule(config.optim.peak_lr, config.optim.warmup_steps, steps)
+    optimizer = make_optimizer(config.optim, schedule)
+    source = open_source(config.data.train, config.data)
+    order = Order.start(source, config.seed, config.data.streams, config.data.shuffle_window)
+    card = ModelCard(model_config, preprocess, config.to_dict())
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(workdir, config.checkpoint.keep))
+        )
+        target = abstract_state(params, optimizer, mesh)
+        restored = checkpoints.restore(target, card)
+        if restored is not None:
+            state, saved_order = restored
+            order = order.resume(saved_order)
+            logging.info("going on from step %d of %s", state.step, workdir)
+        else:
+            state = initial_state(model_config, optimizer, mesh, config.seed)
+            if config.train.init_from:
+                state = _start_from(config.train.init_from, state)
+        first_step = int(state.step)
+
+        train_step = make_train_step(
+            graphdef, optimizer, schedule, preprocess, config.train.max_logit_scale, mesh
+        )
+        host_batches = train_batches(
+            source, order, config, preprocess.size, model_config.text.context_length
+        )
+        batches = stack.enter_context(
+            contextlib.closing(Prefetch(host_batches, lambda batch: shard_batch(batch, mesh)))
+        )
+        log = stack.enter_context(
+            contextlib.closing(TrainLog(workdir, first_step, steps, config.log.every, batch_size))
+        )
+
+        def save() -> None:
+            taken = int(state.step) - first_step
+            checkpoints.save(state, card, order.after(taken, batch_size).to_dict())
+
+        def evaluate(step: int) -> dict[str, float]:
+            log.flush(batches.waited)
+            model = nnx.merge(graphdef, state.params)
+            found = {
+                f"{name}/{metric}": float(value)
+                for name, evaluator in (evaluators or {}).items()
+                for metric, value in evaluator(model, preprocess, mesh).items()
+            }
+            if found:
+                log.write(step, found)
+                log.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items()))
+            log.pause()
+            return found
+
+        stop = stack.enter_context(_stop_signal())
+        for step in range(first_step + 1, steps + 1):
+            state, metrics = train_step(state, next(batches))
+            log.step(step, metrics, batches.waited)
+            if step % config.checkpoint.every == 0 or step == steps or stop:
+                save()
+            if stop:
+                log.flush(batches.waited)
+                log.say(f"stopped and saved at step {step}; the same command goes on from there")
+                raise Interrupted(128 + stop[0])
+            if config.eval.every and step % config.eval.every == 0 and step < steps:
+                evaluate(step)
+        evaluated = evaluate(steps)
+    return Result(nnx.merge(graphdef, state.params), preprocess, mesh, evaluated)
+
+
+def _start_from(path: str, state: TrainState) -> TrainState:
+    """Takes the weights of another run; image positions are resized where the resolution differs.
+
+    Raises:
+        CheckpointError: weights of another architecture.
+    """
+    card, params = load_params(path)
+    own = state.params["visual"]["position_embedding"]
+    params["visual"]["position_embedding"] = resize_position_embedding(
+        params["visual"]["position_embedding"], own.shape[0]
+    )
+    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, state.params):
+        raise CheckpointError(
+            f"train.init_from={path} holds {card.model}; its weights do not fit this config's model"
+        )
+    logging.info("starting from the weights of %s", path)
+    return state._replace(
+        params=jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+    )
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM instead of dying of it; a second one kills."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python lets only the main thread handle signals
+        return
+
+    def receive(number: int, _frame: Any) -> None:
+        received.append(number)
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
+
+    previous = {each: signal.signal(each, receive) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
