@@ -97,6 +97,11 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return shardings
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A copy of every array on every device."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Makes global arrays, split over the batch axes, of each host's own rows (numpy)."""
     sharding = NamedSharding(mesh, BATCH_SPEC)

@@ -40,14 +40,14 @@ class Source:
         parse: serialized record -> features, in TensorFlow; pictures stay encoded bytes. A source
             for training has `image` and `caption`.
         counts: records by shard, where the source knows them without reading.
-        builder: the TFDS builder it came from, if any.
+        label_names: what the integers of the feature `label` stand for, where it has names.
     """
 
     spec: str
     shards: tuple[Shard, ...]
     parse: Callable[[tf.Tensor], Features]
     counts: tuple[int, ...] | None = None
-    builder: tfds.core.DatasetBuilder | None = None
+    label_names: tuple[str, ...] | None = None
 
 
 def open_source(spec: str | None, config: ConfigDict) -> Source:
@@ -101,12 +101,15 @@ def _open_tfds(spec: str, data_dir: str | None) -> Source:
     }
     if "image" not in decoders:
         raise DataError(f"{name} has no feature `image`, only {', '.join(features)}")
+    label = features["label"] if "label" in features else None
     return Source(
         spec=spec,
         shards=tuple(Shard(i.filename, i.skip, i.take) for i in instructions),
         parse=lambda record: features.deserialize_example(record, decoders=decoders),
         counts=tuple(i.examples_in_shard if i.take == -1 else i.take for i in instructions),
-        builder=builder,
+        label_names=(
+            tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else None
+        ),
     )
 
 

@@ -44,6 +44,13 @@ def _float32(embeddings: Array) -> np.ndarray:
     return np.asarray(embeddings).astype(np.float32)
 
 
+def embed_images(
+    model: CLIP, preprocess: Preprocess, pixels: UInt8[np.ndarray, "b H W 3"], mesh: Mesh
+) -> Float[np.ndarray, "B E"]:
+    """Unit-length embeddings of one batch, each host giving its rows and getting all."""
+    return _float32(_encode_image(model, shard_batch(pixels, mesh), preprocess, mesh))
+
+
 def embed_texts(
     model: CLIP, texts: Sequence[str], mesh: Mesh, batch_size: int
 ) -> Float[np.ndarray, "N E"]:
@@ -69,8 +76,7 @@ def embed_dataset(
     image, text, label = [], [], []
     for batch in eval_batches(source, preprocess.size, batch_size):
         valid = _gather(batch.valid)
-        pixels = shard_batch(batch.image, mesh)
-        image.append(_float32(_encode_image(model, pixels, preprocess, mesh))[valid])
+        image.append(embed_images(model, preprocess, batch.image, mesh)[valid])
         if "caption" in batch.features:
             captions = [caption.decode("utf-8") for caption in batch.features["caption"]]
             tokens = tokenize(captions, model.config.text.context_length, truncate=True)

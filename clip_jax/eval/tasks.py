@@ -34,11 +34,10 @@ def build_classifier(
     Raises:
         DataError: the source has no labels with names.
     """
-    feature = source.builder.info.features.get("label") if source.builder else None
-    if feature is None or not getattr(feature, "names", None):
+    if source.label_names is None:
         raise DataError(f"{source.spec} has no named labels, which zero-shot classification needs")
-    labels = dataset.classes(feature.names)
-    names = [feature.names[label] for label in labels]
+    labels = dataset.classes(source.label_names)
+    names = [source.label_names[label] for label in labels]
     weights = prompt_ensemble(model, names, dataset.templates, mesh, batch_size)
     return Classifier(labels, names, weights)
 
