@@ -8,7 +8,7 @@
 import dataclasses
 import importlib.metadata
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 from absl import logging
@@ -21,8 +21,25 @@ from clip_jax.preprocess import Preprocess
 from clip_jax.version import __version__
 
 FORMAT = 1
-StateT = TypeVar("StateT", bound=NamedTuple)
 _DIRECTORY = "checkpoints"
+
+
+@runtime_checkable
+class State(Protocol):
+    """What is saved: a NamedTuple with at least these two, such as `training.state.TrainState`."""
+
+    @property
+    def step(self) -> Any: ...  # noqa: D102
+
+    @property
+    def params(self) -> Any: ...  # noqa: D102
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+    def _replace(self: "StateT", **parts: Any) -> "StateT": ...
+
+
+StateT = TypeVar("StateT", bound=State)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +87,7 @@ class Checkpoints:
         keep: how many of the newest to keep.
     """
 
-    def __init__(self, workdir: str | epath.Path, keep: int):
+    def __init__(self, workdir: epath.PathLike, keep: int):
         self.directory = epath.Path(workdir) / _DIRECTORY
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
@@ -81,7 +98,7 @@ class Checkpoints:
         """Starts to write; returns once the arrays are copied. Waits for the save before it.
 
         Args:
-            state: a train state: a NamedTuple with `step` and `params`.
+            state: a train state.
             card: of the model.
             order: where the data stands.
         """
@@ -149,7 +166,7 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def load_params(path: str | epath.Path) -> tuple[ModelCard, Any]:
+def load_params(path: epath.PathLike) -> tuple[ModelCard, Any]:
     """The weights of the newest readable checkpoint, on the default device.
 
     Args:

@@ -11,7 +11,7 @@ from clip_jax.models import CLIP
 from clip_jax.preprocess import Preprocess
 
 
-def load(source: str | epath.Path, dtype: Any = jnp.float32) -> tuple[CLIP, Preprocess]:
+def load(source: epath.PathLike, dtype: Any = jnp.float32) -> tuple[CLIP, Preprocess]:
     """Loads a model and the preprocessing that it was trained with.
 
     Args:

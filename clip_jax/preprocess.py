@@ -41,7 +41,7 @@ class Preprocess:
         image = image.crop((left, top, left + self.size, top + self.size))
         return np.asarray(image.convert("RGB"))
 
-    def normalize(self, pixels: UInt8[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+    def normalize(self, pixels: UInt8[Array | np.ndarray, "*batch C"]) -> Float[Array, "*batch C"]:
         """Pixels 0 to 255 -> normalised float32, in JAX; for use inside a jitted function."""
         scaled = pixels.astype(jnp.float32) / 255
         return (scaled - jnp.asarray(self.mean)) / jnp.asarray(self.std)

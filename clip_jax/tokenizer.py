@@ -1,10 +1,11 @@
 """Strings to token ids: CLIP's byte-level BPE with the published vocabulary.
 
-The ids are those of OpenAI's CLIP and of ``open_clip.SimpleTokenizer`` for every string
-(tests/parity/test_tokenizer.py); only the work is arranged differently, to be quick:
+The ids are those of ``open_clip.SimpleTokenizer`` for every string, and so OpenAI's but for text
+that spells a special token (tests/parity/test_tokenizer.py). The work is arranged to be quick:
 
 * Text that is printable ASCII without HTML entities needs no cleaning, and skips it.
 * No token spans white space, so the ids of each white-space-separated chunk are cached.
+* A word that the vocabulary holds needs no merging: it would merge into just that.
 * The id of a merge *is* its rank, so one dict of pairs of ids is the whole merge table.
 """
 
@@ -44,10 +45,10 @@ WORD = regex.compile(
 # html.unescape and ftfy leave every other ampersand in printable ASCII alone.
 MAYBE_ENTITY = re.compile("&[^ <&;]")
 
-# 65,536 chunks of at most 32 characters: about 20 MB of ordinary words. A chunk of the worst kind
-# takes 1.5 kB (128 ids), so the cache stays under 100 MB whatever it is fed.
-CACHE_ENTRIES = 1 << 16
-CACHE_CHUNK_LENGTH = 32
+# 131,072 chunks of at most 24 characters: about 20 MB of ordinary words. A chunk of the worst kind
+# takes 1.1 kB (96 ids), so the cache stays under 150 MB whatever it is fed.
+CACHE_ENTRIES = 1 << 17
+CACHE_CHUNK_LENGTH = 24
 
 
 class Tokenizer:
@@ -56,7 +57,7 @@ class Tokenizer:
     An instance may be shared between threads and pickled.
 
     Raises:
-      FileNotFoundError, ValueError: the vocabulary file is missing, or damaged.
+        FileNotFoundError, ValueError: the vocabulary file is missing, or damaged.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,9 @@ class Tokenizer:
         self._bytes_of_id = [
             bytes(map(byte_of_char.__getitem__, symbol)) for symbol in [*symbols, *SPECIAL_TOKENS]
         ]
-        self._ids_of_chunk = _ChunkCache(merges)
+        # Only an ASCII word is written in the file as it is in the text.
+        words = {s[:-4]: i for i, s in enumerate(symbols) if s.endswith("</w>") and s.isascii()}
+        self._ids_of_chunk = _ChunkCache(merges, words | SPECIAL_TOKENS)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of ``text``, without SOT and EOT.
@@ -74,21 +77,21 @@ class Tokenizer:
         space collapsed, lower case.
 
         Raises:
-          TypeError: ``text`` is not a string.
+            TypeError: ``text`` is not a string.
         """
         if not isinstance(text, str):
             raise TypeError(f"expected a string to tokenize, got {_describe(text)}")
         chunks = _clean(text).lower().split()
         return list(itertools.chain.from_iterable(map(self._ids_of_chunk.__getitem__, chunks)))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Returns the text that ``ids`` spell, as open_clip does.
 
         A space ends every word, bytes that are no UTF-8 become U+FFFD, SOT and EOT become
         "<start_of_text>" and "<end_of_text>", and padding becomes "!", whose id it shares.
 
         Raises:
-          ValueError: an id is outside [0, 49408).
+            ValueError: an id is outside [0, 49408).
         """
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < VOCAB_SIZE:
@@ -105,13 +108,13 @@ class Tokenizer:
         """Returns int32 [B, T]: each row SOT, the ids of one text, EOT, and zeros.
 
         Args:
-          texts: B texts, or one (then B is 1).
-          context_length: T, at least 2.
-          truncate: cut texts of more than T tokens so that EOT is the last, instead of raising.
+            texts: B texts, or one (then B is 1).
+            context_length: T, at least 2.
+            truncate: cut texts of more than T tokens so that EOT is the last, instead of raising.
 
         Raises:
-          TypeError: ``texts`` is neither a string nor a sequence of strings.
-          ValueError: a text is too long and ``truncate`` is false, or T is less than 2.
+            TypeError: ``texts`` is neither a string nor a sequence of strings.
+            ValueError: a text is too long and ``truncate`` is false, or T is less than 2.
         """
         if context_length < 2:
             raise ValueError(f"expected context_length >= 2 (SOT and EOT), got {context_length}")
@@ -150,9 +153,10 @@ def _default_tokenizer() -> Tokenizer:
 class _ChunkCache(dict[str, tuple[int, ...]]):
     """The ids of a chunk (a word or several, no white space), computed when first asked for."""
 
-    def __init__(self, merges: dict[tuple[int, int], int]) -> None:
+    def __init__(self, merges: dict[tuple[int, int], int], words: dict[str, int]) -> None:
         super().__init__()
         self._merges = merges
+        self._id_of_word = words
         self._id_of_byte = {byte: i for i, byte in enumerate(_alphabet())}
 
     def __missing__(self, chunk: str) -> tuple[int, ...]:
@@ -173,8 +177,8 @@ class _ChunkCache(dict[str, tuple[int, ...]]):
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         """Byte-pair encoding: of all adjacent pairs, merge the one of lowest rank, repeatedly."""
-        if word in SPECIAL_TOKENS:
-            return (SPECIAL_TOKENS[word],)
+        if word in self._id_of_word:
+            return (self._id_of_word[word],)
         ids = [self._id_of_byte[byte] for byte in word.encode("utf-8")]
         ids[-1] += 256  # the same byte at the end of a word
         # merged[i] is what ids[i] and ids[i + 1] merge into; VOCAB_SIZE where they do not.

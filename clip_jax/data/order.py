@@ -8,7 +8,7 @@ there were one host only.
 """
 
 import dataclasses
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -36,12 +36,12 @@ class Order:
     positions: tuple[int, ...]
 
     @classmethod
-    def start(cls, source: Source, seed: int, streams: int, shuffle_window: int) -> Self:
+    def start(cls, source: Source, seed: int, streams: int, shuffle_window: int) -> "Order":
         """The beginning; no more streams than the source has shards."""
         streams = min(streams, len(source.shards))
         return cls(source.spec, seed, max(shuffle_window // streams, 1), (0,) * streams)
 
-    def resume(self, saved: dict[str, Any]) -> Self:
+    def resume(self, saved: dict[str, Any]) -> "Order":
         """The order at a saved position.
 
         Raises:
@@ -63,7 +63,7 @@ class Order:
             )
         return order
 
-    def after(self, batches: int, batch_size: int) -> Self:
+    def after(self, batches: int, batch_size: int) -> "Order":
         """The order once `batches` more global batches are taken."""
         taken = batches * self.rows_per_stream(batch_size)
         return dataclasses.replace(self, positions=tuple(p + taken for p in self.positions))
@@ -83,7 +83,7 @@ class Order:
         return dataclasses.asdict(self) | {"positions": list(self.positions)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> "Order":
         """The inverse of `to_dict`."""
         return cls(**(values | {"positions": tuple(values["positions"])}))
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -70,19 +71,19 @@ class CLIP(nnx.Module):
         self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / INITIAL_TEMPERATURE)))
 
     def encode_image(
-        self, images: Float[Array, "B H W 3"], normalize: bool = False
+        self, images: Float[Array | np.ndarray, "B H W 3"], normalize: bool = False
     ) -> Float[Array, "B E"]:
         """Embeds preprocessed images (what `preprocess` returns), optionally to unit length."""
         embeddings = self.visual(images)
         return l2_normalize(embeddings) if normalize else embeddings
 
-    def encode_text(self, tokens: Int[Array, "B T"], normalize: bool = False) -> Float[Array, "B E"]:
+    def encode_text(self, tokens: Int[Array | np.ndarray, "B T"], normalize: bool = False) -> Float[Array, "B E"]:
         """Embeds token ids (what `tokenize` returns), optionally to unit length."""
         embeddings = self.text(tokens)
         return l2_normalize(embeddings) if normalize else embeddings
 
     def __call__(
-        self, images: Float[Array, "B H W 3"], tokens: Int[Array, "M T"]
+        self, images: Float[Array | np.ndarray, "B H W 3"], tokens: Int[Array | np.ndarray, "M T"]
     ) -> tuple[Float[Array, "B M"], Float[Array, "M B"]]:
         """The scaled cosine similarities, float32: per image and per text."""
         image_embeddings = self.encode_image(images, normalize=True)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -52,7 +53,7 @@ class TextTransformer(nnx.Module):
         self.ln_final = LayerNorm(width, rngs=rngs)
         self.projection = nnx.Param(normal(width**-0.5)(rngs.params(), (width, embed_dim)))
 
-    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B E"]:
+    def __call__(self, tokens_BT: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B E"]:
         """Ids with zero padding -> embeddings in the compute dtype, not of unit length.
 
         The feature is read at the largest id, which is end-of-text; attention is causal, so the

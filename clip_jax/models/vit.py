@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
@@ -102,7 +103,7 @@ class VisionTransformer(nnx.Module):
         self.ln_post = LayerNorm(width, rngs=rngs)
         self.projection = nnx.Param(normal(rngs.params(), (width, embed_dim)))
 
-    def __call__(self, images_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
+    def __call__(self, images_BHWC: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B E"]:
         """Normalised pixels -> embeddings in the compute dtype, not of unit length."""
         size = self.config.image_size
         if images_BHWC.shape[1:] != (size, size, 3):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 FILE = "metrics.jsonl"
 
 
-def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
     """All lines of a run's metrics.jsonl, in the order of their steps.
 
     A last line that a killed run left unfinished is passed over.
@@ -38,7 +38,7 @@ class TrainLog:
     """
 
     def __init__(
-        self, workdir: str | epath.Path, step: int, steps: int, every: int, batch_size: int
+        self, workdir: epath.PathLike, step: int, steps: int, every: int, batch_size: int
     ):
         self._every = every
         self._batch_size = batch_size

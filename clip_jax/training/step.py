@@ -60,7 +60,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step)),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

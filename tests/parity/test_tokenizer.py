@@ -44,7 +44,7 @@ WORDS = (
     "a an the of in on with and photo picture man woman dog cat skateboard riding red BLUE Vintage "
     "Nike iPhone New York 2019 4k HD vs. S/M/L no.1 café jalapeño Ölgemälde stock-photo e_mail "
     "Москва Ελλάδα 東京タワー 서울 القاهرة हिन्दी กรุงเทพ Việt-Nam"
-).split(" ")
+)
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def random_string(rng: random.Random) -> str:
 
 
 def a_word(rng: random.Random) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(1, 8)))
+    return " ".join(rng.choices(WORDS.split(), k=rng.randint(1, 8)))
 
 
 def a_script(rng: random.Random) -> str:

@@ -1,0 +1,91 @@
+"""Settings of the whole test run: eight CPU devices, and public signatures checked as they run."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import pytest
+import tensorflow as tf
+from jaxtyping import install_import_hook
+
+# The hook below hides the source from AutoGraph, which would say so for every function; none of
+# ours needs it.
+tf.autograph.set_verbosity(0)
+
+# Shapes and dtypes in signatures are enforced wherever the tests go.
+install_import_hook("clip_jax", "beartype.beartype")
+
+import clip_jax  # noqa: E402, F401  (imported under the hook before any test module is)
+
+MESHES = {
+    "1 device": (1, 1, 1),
+    "2 data": (2, 1, 1),
+    "8 data": (8, 1, 1),
+    "4 data x 2 fsdp": (4, 2, 1),
+    "2 x 2 x 2": (2, 2, 2),
+}
+
+
+@pytest.fixture(params=MESHES.values(), ids=MESHES.keys())
+def mesh(request):
+    """Meshes of 1, 2 and 8 of the eight CPU devices."""
+    from clip_jax.sharding import AXES
+
+    data, fsdp, tensor = request.param
+    return jax.make_mesh(
+        request.param,
+        AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+        devices=jax.devices()[: data * fsdp * tensor],
+    )
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Four TFRecord shards of 40 image-text pairs, as img2dataset writes them: a brace pattern."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    directory = tmp_path_factory.mktemp("pairs")
+    random = np.random.default_rng(0)
+    words = "red green blue round square small large old new soft".split()
+    for shard in range(4):
+        with tf.io.TFRecordWriter(str(directory / f"{shard}.tfrecord")) as writer:
+            for _ in range(40):
+                file = io.BytesIO()
+                picture = random.integers(0, 256, (20, 24, 3), np.uint8)
+                Image.fromarray(picture).save(file, "PNG")
+                features = {"jpg": file.getvalue(), "txt": " ".join(random.choice(words, 4)).encode()}
+                example = tf.train.Example()
+                for name, value in features.items():
+                    example.features.feature[name].bytes_list.value.append(value)
+                writer.write(example.SerializeToString())
+    return f"{directory}/{{0..3}}.tfrecord"
+
+
+@pytest.fixture
+def small_config(pairs):
+    """A run of seconds: a tiny ViT on the pairs, on a mesh of one device's size times eight."""
+    from clip_jax.config import default_config
+
+    config = default_config()
+    config.model.name = "ViT-glyphs"
+    config.model.embed_dim = 16
+    config.model.vision.update(image_size=16, width=32, layers=2)
+    config.model.text.update(width=32, layers=1, context_length=12, vocab_size=49408)
+    config.data.train = pairs
+    config.data.streams = 2
+    config.data.crop = (0.8, 1.0)
+    config.train.update(steps=12, batch_size=16, dtype="float32")
+    config.optim.update(peak_lr=1e-3, warmup_steps=2)
+    config.checkpoint.update(every=4, keep=3)
+    config.eval.update(every=0)
+    config.log.every = 1
+    return config
