@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict
 
 from clip_jax.models import CLIPConfig, TextConfig, ViTConfig, model_config
+from clip_jax.preprocess import MEAN, STD
 
 
 def _overrides(architecture: type) -> dict[str, Any]:
@@ -46,12 +47,16 @@ def default_config() -> ConfigDict:
                 # Sides of the random square crop, as shares of the largest square; (1, 1) is the
                 # paper's crop: short side to size, then a random square.
                 "crop": (1.0, 1.0),
+                # Of the pixels in [0, 1], by channel; the default is CLIP's.
+                "mean": MEAN,
+                "std": STD,
             },
             "train": {
                 "steps": 390_625,  # 32 epochs of 400M pairs in batches of 32,768
                 "batch_size": 32_768,  # of all devices together
                 "dtype": "bfloat16",  # of compute; parameters and optimizer state are float32
                 "remat": "none",  # none, dots, full: what the backward pass recomputes
+                "unroll": 1,  # layers in one turn of the loop over them; more is faster on the CPU
                 "max_logit_scale": 100.0,
                 "init_from": config_dict.placeholder(str),  # a workdir whose weights to start from
             },

@@ -30,7 +30,7 @@ def specs(tree):
 @pytest.mark.parametrize("name", available_models())
 def test_every_array_of_every_model_has_a_place_and_its_moments_lie_with_it(name):
     mesh = make_mesh(config(2, 2, 2))
-    _, params = abstract_model(model_config(name), "float32", "none")
+    _, params = abstract_model(model_config(name))
     state = abstract_state(params, OPTIMIZER, mesh)
     placed = specs(state.params)
     for moment in (state.opt_state[0].mu, state.opt_state[0].nu):

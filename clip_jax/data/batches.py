@@ -42,11 +42,16 @@ def train_batches(
     The crop of a record depends on the seed, its stream and its ticket alone.
 
     Raises:
-        DataError: a picture that does not decode, an empty caption, a shard that cannot be read;
-            the message names shard and record.
+        DataError: a source without captions, a picture that does not decode, an empty caption, a
+            shard that cannot be read; the message names shard and record.
     """
     batch_size = config.train.batch_size
     host, hosts = jax.process_index(), jax.process_count()
+    features = tf.data.Dataset.from_tensors(b"").map(source.parse).element_spec
+    if features.get("caption") != tf.TensorSpec([], tf.string):
+        raise DataError(
+            f"{source.spec} has no feature `caption` of one string; it has {', '.join(features)}"
+        )
 
     def to_row(record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         features = source.parse(record["record"])
@@ -86,9 +91,7 @@ def _tokenize(batch: dict[str, np.ndarray], context_length: int) -> np.ndarray:
     return tokenize(captions, context_length, truncate=True)
 
 
-def _find_fault(
-    source: Source, order: Order, batch_size: int, host: int, hosts: int
-) -> str | None:
+def _find_fault(source: Source, order: Order, batch_size: int, host: int, hosts: int) -> str | None:
     """Reads the batch that failed once more, one record at a time, to name the one at fault."""
     records = ordered_records(source, order, batch_size, host, hosts).take(batch_size // hosts)
     try:
@@ -138,19 +141,17 @@ def eval_batches(source: Source, image_size: int, batch_size: int) -> Iterator[E
         .batch(rows_per_host)
         .prefetch(2)
     )
-    count = sum(source.counts) if source.counts is not None else _count(records)
-    batches = -(-count // batch_size)
+    batches = -(-_count(source, records) // batch_size)
     iterator = rows.as_numpy_iterator()
-    template: dict[str, np.ndarray] | None = None
+    no_row = {
+        key: np.zeros([0, *spec.shape[1:]], spec.dtype.as_numpy_dtype)
+        for key, spec in rows.element_spec.items()
+    }
     for _ in range(batches):
         try:
-            row = next(iterator, None)
+            row = next(iterator, no_row)  # the other hosts may have one batch more
         except tf.errors.OpError as error:
             raise DataError(f"{source.spec}: {error.message}") from error
-        if row is None:  # the other hosts have one batch more
-            assert template is not None, "a host without a single example"
-            row = {key: value[:0] for key, value in template.items()}
-        template = row
         padded = {key: _pad(value, rows_per_host) for key, value in row.items()}
         yield EvalBatch(
             image=padded.pop("image"),
@@ -165,8 +166,13 @@ def _pad(rows: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([rows, np.full(shape, filling, rows.dtype)])
 
 
-def _count(records: tf.data.Dataset) -> int:
-    return int(records.reduce(np.int64(0), lambda total, _: total + 1))
+def _count(source: Source, records: tf.data.Dataset) -> int:
+    if source.counts is not None:
+        return sum(source.counts)
+    try:
+        return int(records.reduce(np.int64(0), lambda total, _: total + 1))
+    except tf.errors.OpError as error:
+        raise DataError(f"{source.spec} cannot be read: {error.message}") from error
 
 
 class Prefetch(Generic[T]):
@@ -207,6 +213,8 @@ class Prefetch(Generic[T]):
         return self
 
     def __next__(self) -> T:
+        if self._stop.is_set():
+            raise StopIteration
         start = time.perf_counter()
         item = self._queue.get()
         self.waited += time.perf_counter() - start

@@ -38,6 +38,8 @@ class Order:
     @classmethod
     def start(cls, source: Source, seed: int, streams: int, shuffle_window: int) -> "Order":
         """The beginning; no more streams than the source has shards."""
+        if streams < 1:
+            raise DataError(f"config.data.streams={streams}; at least one is needed")
         streams = min(streams, len(source.shards))
         return cls(source.spec, seed, max(shuffle_window // streams, 1), (0,) * streams)
 
@@ -136,6 +138,8 @@ def _stream(source: Source, order: Order, stream: int) -> tf.data.Dataset:
         return records.map(lambda index, record: {"shard": path, "index": index, "record": record})
 
     def epoch(number: tf.Tensor) -> tf.data.Dataset:
+        # Of this function's graph only: tf.random.set_seed would change the order below.
+        tf.compat.v1.set_random_seed(None)
         seed = fold_in([order.seed, 0], stream, number)
         ranks = tf.random.stateless_uniform([len(shards)], seed)
         records = tf.data.Dataset.from_tensor_slices(tf.argsort(ranks)).flat_map(read)
@@ -146,12 +150,26 @@ def _stream(source: Source, order: Order, stream: int) -> tf.data.Dataset:
 
     # Where the shards' lengths are known, whole epochs need not be read to be skipped.
     position, first_epoch = order.positions[stream], 0
-    if source.counts is not None:
+    if source.counts is None:
+        empty = all(_is_empty(shard.path) for shard in shards)  # as a rule, looks at one only
+    else:
         length = sum(source.counts[stream::streams])
-        if length == 0:
-            raise DataError(f"{source.spec}: stream {stream} of {streams} holds no record")
+        empty = length == 0
+    if empty:  # epoch after epoch without end
+        raise DataError(
+            f"{source.spec}: stream {stream} of {streams} holds no record, all its shards are "
+            f"empty, such as {shards[0].path}; leave them out or lower config.data.streams"
+        )
+    if source.counts is not None:
         first_epoch, position = divmod(position, length)
     records = tf.data.Dataset.range(first_epoch, _FOREVER).flat_map(epoch).skip(position)
     return records.enumerate(order.positions[stream]).map(
         lambda ticket, record: record | {"stream": tf.constant(stream, tf.int64), "ticket": ticket}
     )
+
+
+def _is_empty(path: str) -> bool:
+    try:
+        return tf.io.gfile.stat(path).length == 0
+    except tf.errors.OpError:
+        return False  # reading it will tell why

@@ -76,11 +76,15 @@ def _open_tfds(spec: str, data_dir: str | None) -> Source:
     if not split:
         raise DataError(f"{spec!r} names no split; write tfds:{name}:train")
     try:
-        builder = (
-            glyphs.prepare(data_dir) if name == "glyphs" else tfds.builder(name, data_dir=data_dir)
-        )
-    except tfds.core.DatasetNotFoundError as error:
-        raise DataError(f"TFDS knows no data set {name!r}: {error}") from error
+        if name == "glyphs":
+            builder = glyphs.prepare(data_dir or tfds.core.constants.DATA_DIR)
+        else:
+            builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:  # its message lists all of the catalogue
+        where = data_dir or tfds.core.constants.DATA_DIR
+        raise DataError(f"TFDS knows no data set {name!r}, nor is there one in {where}") from error
+    except ValueError as error:
+        raise DataError(f"{spec!r}: {error}") from error
     if not builder.is_prepared():
         raise DataError(
             f"{name} is not prepared in {builder.data_path}; run `tfds build {name}` first, or "
@@ -91,7 +95,8 @@ def _open_tfds(spec: str, data_dir: str | None) -> Source:
     try:
         instructions = builder.info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
-        raise DataError(f"{name} has the splits {', '.join(builder.info.splits)}: {error}") from error
+        splits = ", ".join(builder.info.splits)
+        raise DataError(f"{name} has the splits {splits}: {error}") from error
 
     features = builder.info.features
     decoders = {
@@ -101,15 +106,17 @@ def _open_tfds(spec: str, data_dir: str | None) -> Source:
     }
     if "image" not in decoders:
         raise DataError(f"{name} has no feature `image`, only {', '.join(features)}")
-    label = features["label"] if "label" in features else None
+    if not instructions:
+        raise DataError(f"{spec!r} holds no example")
+    label = dict(features.items()).get("label")
     return Source(
         spec=spec,
         shards=tuple(Shard(i.filename, i.skip, i.take) for i in instructions),
         parse=lambda record: features.deserialize_example(record, decoders=decoders),
-        counts=tuple(i.examples_in_shard if i.take == -1 else i.take for i in instructions),
-        label_names=(
-            tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else None
+        counts=tuple(
+            i.examples_in_shard - i.skip if i.take == -1 else i.take for i in instructions
         ),
+        label_names=(tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else None),
     )
 
 
@@ -122,9 +129,7 @@ def _open_tfrecords(spec: str, image_feature: str, caption_feature: str) -> Sour
         )
         return {"image": values[image_feature], "caption": values[caption_feature]}
 
-    return Source(
-        spec=spec, shards=tuple(Shard(path) for path in expand_paths(spec)), parse=parse
-    )
+    return Source(spec=spec, shards=tuple(Shard(path) for path in expand_paths(spec)), parse=parse)
 
 
 def expand_paths(spec: str) -> list[str]:

@@ -1,14 +1,14 @@
 """Figures, drawn from plain arrays; each function returns a matplotlib Figure."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 
 
-def training_curves(metrics: Sequence[dict[str, float]]) -> Figure:
+def training_curves(metrics: Sequence[Mapping[str, float]]) -> Figure:
     """Loss and temperature over the steps, from the lines of metrics.jsonl."""
     lines = [line for line in metrics if "loss" in line]
     steps = [line["step"] for line in lines]

@@ -50,6 +50,7 @@ class CLIP(nnx.Module):
         config: the architecture.
         dtype: compute dtype; parameters are float32.
         remat: what the backward pass recomputes, see `layers.Transformer`.
+        unroll: layers in one turn of the loop over them, likewise.
         rngs: source of the initial parameters.
     """
 
@@ -59,14 +60,15 @@ class CLIP(nnx.Module):
         *,
         dtype: Any = jnp.float32,
         remat: Remat = "none",
+        unroll: int = 1,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.visual = VisionTransformer(
-            config.vision, config.embed_dim, dtype=dtype, remat=remat, rngs=rngs
+            config.vision, config.embed_dim, dtype=dtype, remat=remat, unroll=unroll, rngs=rngs
         )
         self.text = TextTransformer(
-            config.text, config.embed_dim, dtype=dtype, remat=remat, rngs=rngs
+            config.text, config.embed_dim, dtype=dtype, remat=remat, unroll=unroll, rngs=rngs
         )
         self.logit_scale = nnx.Param(jnp.log(jnp.float32(1 / INITIAL_TEMPERATURE)))
 

@@ -3,6 +3,7 @@
 Axis letters: B batch, T tokens, D width, K heads, H head width, F MLP width, L layers.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -96,6 +97,36 @@ class LayerNorm(nnx.LayerNorm):
         return super().__call__(x).astype(x.dtype)
 
 
+class Dense(nnx.Module):
+    """A linear map from the trailing axes `in_shape` to the axes `out_shape`.
+
+    It is computed as one product of two matrices, whatever the axes: XLA makes a fast GEMM of that
+    on every backend, while on the CPU a product over [B, T, D] takes more than twice the time.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        *,
+        kernel_init: Initializer,
+        bias_init: Initializer | None = nnx.initializers.zeros_init(),
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.in_shape, self.out_shape, self.dtype = in_shape, out_shape, dtype
+        self.kernel = nnx.Param(kernel_init(rngs.params(), in_shape + out_shape))
+        if bias_init is not None:
+            self.bias = nnx.Param(bias_init(rngs.params(), out_shape))
+
+    def __call__(self, x: Float[Array, "*axes"]) -> Float[Array, "*other_axes"]:
+        batch_shape = x.shape[: x.ndim - len(self.in_shape)]
+        matrix = self.kernel.astype(self.dtype).reshape(math.prod(self.in_shape), -1)
+        rows = x.astype(self.dtype).reshape(-1, matrix.shape[0])
+        result = (rows @ matrix).reshape(batch_shape + self.out_shape)
+        return result + self.bias.astype(self.dtype) if hasattr(self, "bias") else result
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention, the heads an axis of their own so that they can be sharded."""
 
@@ -103,32 +134,19 @@ class Attention(nnx.Module):
         self, width: int, heads: int, *, causal: bool, init: BlockInit, dtype, rngs: nnx.Rngs
     ):
         self.causal = causal
+        split = (heads, width // heads)
 
-        def project_in() -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(
-                width,
-                (heads, width // heads),
-                kernel_init=init.attention_in,
-                dtype=dtype,
-                rngs=rngs,
-            )
+        def project_in() -> Dense:
+            return Dense((width,), split, kernel_init=init.attention_in, dtype=dtype, rngs=rngs)
 
         self.query, self.key, self.value = project_in(), project_in(), project_in()
-        self.out = nnx.LinearGeneral(
-            (heads, width // heads),
-            width,
-            axis=(-2, -1),
-            kernel_init=init.attention_out,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.out = Dense(split, (width,), kernel_init=init.attention_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         q_BTKH, k_BTKH, v_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        attended_BTKH = jax.nn.dot_product_attention(
-            q_BTKH, k_BTKH, v_BTKH, is_causal=self.causal
+        return self.out(
+            jax.nn.dot_product_attention(q_BTKH, k_BTKH, v_BTKH, is_causal=self.causal)
         )
-        return self.out(attended_BTKH)
 
 
 class MLP(nnx.Module):
@@ -145,17 +163,17 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.activation = activation
-        self.up = nnx.Linear(
-            width,
-            mlp_width,
+        self.up = Dense(
+            (width,),
+            (mlp_width,),
             kernel_init=init.mlp_up,
             bias_init=init.mlp_up_bias,
             dtype=dtype,
             rngs=rngs,
         )
-        self.down = nnx.Linear(
-            mlp_width,
-            width,
+        self.down = Dense(
+            (mlp_width,),
+            (width,),
             kernel_init=init.mlp_down,
             bias_init=init.mlp_down_bias,
             dtype=dtype,
@@ -199,6 +217,8 @@ class Transformer(nnx.Module):
         layers: L.
         remat: what the backward pass recomputes: "none"; "dots" keeps the matmul outputs;
             "full" keeps only the blocks' inputs.
+        unroll: layers in one turn of the loop. More compile longer; on the CPU they run faster
+            (1.6 times for the quickstart's four layers), on accelerators it matters little.
 
     Raises:
         ConfigError: the heads do not divide the width, or an unknown `remat`.
@@ -216,6 +236,7 @@ class Transformer(nnx.Module):
         init: BlockInit,
         dtype,
         remat: Remat,
+        unroll: int,
         rngs: nnx.Rngs,
     ):
         if width % heads:
@@ -223,6 +244,7 @@ class Transformer(nnx.Module):
         if remat not in ("none", *REMAT_POLICIES):
             raise ConfigError(f"remat {remat!r}: choose one of none, {', '.join(REMAT_POLICIES)}")
         self.remat = remat
+        self.unroll = min(unroll, layers)
 
         @nnx.split_rngs(splits=layers)
         @nnx.vmap
@@ -246,4 +268,4 @@ class Transformer(nnx.Module):
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(layer, x, self.blocks)[0]
+        return jax.lax.scan(layer, x, self.blocks, unroll=self.unroll)[0]

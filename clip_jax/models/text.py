@@ -28,7 +28,7 @@ class TextTransformer(nnx.Module):
     """Token ids -> embeddings."""
 
     def __init__(
-        self, config: TextConfig, embed_dim: int, *, dtype, remat: Remat, rngs: nnx.Rngs
+        self, config: TextConfig, embed_dim: int, *, dtype, remat: Remat, unroll: int, rngs: nnx.Rngs
     ):
         width, mlp_width = config.width, int(config.width * config.mlp_ratio)
         normal = jax.nn.initializers.normal
@@ -48,6 +48,7 @@ class TextTransformer(nnx.Module):
             init=BlockInit.scaled_normal(width, mlp_width, config.layers),
             dtype=dtype,
             remat=remat,
+            unroll=unroll,
             rngs=rngs,
         )
         self.ln_final = LayerNorm(width, rngs=rngs)

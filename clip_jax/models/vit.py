@@ -14,6 +14,7 @@ from clip_jax.errors import ConfigError
 from clip_jax.models.layers import (
     Activation,
     BlockInit,
+    Dense,
     LayerNorm,
     Remat,
     Transformer,
@@ -64,7 +65,7 @@ class VisionTransformer(nnx.Module):
     """
 
     def __init__(
-        self, config: ViTConfig, embed_dim: int, *, dtype, remat: Remat, rngs: nnx.Rngs
+        self, config: ViTConfig, embed_dim: int, *, dtype, remat: Remat, unroll: int, rngs: nnx.Rngs
     ):
         if config.image_size % config.patch_size:
             raise ConfigError(
@@ -77,11 +78,11 @@ class VisionTransformer(nnx.Module):
         self.config = config
         self.dtype = dtype
         # A convolution whose stride is its kernel is a matmul on the flattened patches.
-        self.patch_embedding = nnx.Linear(
-            patch_features,
-            width,
-            use_bias=False,
+        self.patch_embedding = Dense(
+            (patch_features,),
+            (width,),
             kernel_init=symmetric_uniform(patch_features**-0.5),
+            bias_init=None,
             dtype=dtype,
             rngs=rngs,
         )
@@ -98,6 +99,7 @@ class VisionTransformer(nnx.Module):
             init=BlockInit.torch_default(width, mlp_width),
             dtype=dtype,
             remat=remat,
+            unroll=unroll,
             rngs=rngs,
         )
         self.ln_post = LayerNorm(width, rngs=rngs)
@@ -113,7 +115,7 @@ class VisionTransformer(nnx.Module):
             )
         p = self.config.patch_size
         patches_BNP = rearrange(images_BHWC, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
-        x_BND = self.patch_embedding(patches_BNP.astype(self.dtype))
+        x_BND = self.patch_embedding(patches_BNP)
         class_token = jnp.broadcast_to(
             self.class_embedding.astype(self.dtype), (x_BND.shape[0], 1, x_BND.shape[2])
         )

@@ -21,8 +21,8 @@ MODELS: dict[str, CLIPConfig] = {
     # Not of the paper: small enough to learn the glyphs on two CPU cores in minutes.
     "ViT-glyphs": CLIPConfig(
         128,
-        ViTConfig(image_size=32, patch_size=8, width=128, layers=4, heads=4),
-        TextConfig(width=128, heads=4, layers=2, context_length=32),
+        ViTConfig(image_size=48, patch_size=16, width=128, layers=4, heads=4),
+        TextConfig(width=128, heads=4, layers=1, context_length=24),
     ),
 }
 

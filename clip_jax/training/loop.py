@@ -71,8 +71,10 @@ def train(
             "of devices along the mesh's data and fsdp axes, which share out the batch"
         )
     model_config = architecture(config.model)
-    preprocess = Preprocess(model_config.vision.image_size)
-    graphdef, params = abstract_model(model_config, config.train.dtype, config.train.remat)
+    preprocess = Preprocess(model_config.vision.image_size, config.data.mean, config.data.std)
+    graphdef, params = abstract_model(
+        model_config, config.train.dtype, config.train.remat, config.train.unroll
+    )
     schedule = learning_rate_schedule(config.optim.peak_lr, config.optim.warmup_steps, steps)
     optimizer = make_optimizer(config.optim, schedule)
     source = open_source(config.data.train, config.data)
@@ -96,7 +98,7 @@ def train(
         first_step = int(state.step)
 
         train_step = make_train_step(
-            graphdef, optimizer, schedule, preprocess, config.train.max_logit_scale, mesh
+            graphdef, optimizer, schedule, preprocess, config.train.max_logit_scale, target, mesh
         )
         host_batches = train_batches(
             source, order, config, preprocess.size, model_config.text.context_length

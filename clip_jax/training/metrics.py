@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import tensorflow as tf
@@ -13,7 +14,7 @@ from tqdm import tqdm
 FILE = "metrics.jsonl"
 
 
-def read_metrics(workdir: epath.PathLike) -> list[dict[str, float]]:
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """All lines of a run's metrics.jsonl, in the order of their steps.
 
     A last line that a killed run left unfinished is passed over.

@@ -22,10 +22,14 @@ class TrainState(NamedTuple):
     opt_state: Any  # optax's
 
 
-def abstract_model(config: CLIPConfig, dtype: str, remat: Remat) -> tuple[nnx.GraphDef, Any]:
+def abstract_model(
+    config: CLIPConfig, dtype: str = "float32", remat: Remat = "none", unroll: int = 1
+) -> tuple[nnx.GraphDef, Any]:
     """The model without arrays: its graph definition, and the shapes of its parameters."""
     model = nnx.eval_shape(
-        lambda: CLIP(config, dtype=jnp.dtype(dtype), remat=remat, rngs=nnx.Rngs(0))
+        lambda: CLIP(
+            config, dtype=jnp.dtype(dtype), remat=remat, unroll=unroll, rngs=nnx.Rngs(0)
+        )
     )
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(params)

@@ -27,6 +27,7 @@ def make_train_step(
     schedule: optax.Schedule,
     preprocess: Preprocess,
     max_logit_scale: float,
+    target: TrainState,
     mesh: Mesh,
 ) -> TrainStep:
     """Builds the jitted step; it donates the state it is given.
@@ -37,6 +38,7 @@ def make_train_step(
         schedule: the optimizer's learning rate, for the log.
         preprocess: normalises the batch's uint8 pixels.
         max_logit_scale: the paper's cap, 100.
+        target: where the state lies (`state.abstract_state`); it leaves the step as it came.
         mesh: the axes `BATCH_AXES` split the batch.
     """
     global_loss = jax.shard_map(
@@ -65,4 +67,5 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    shardings = jax.tree.map(lambda shape: shape.sharding, target)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

@@ -1,0 +1,237 @@
+"""Specs: what they name, and what a wrong one is told."""
+
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from clip_jax.config import default_config
+from clip_jax.data import glyphs
+from clip_jax.data.sources import expand_paths, open_source
+from clip_jax.errors import DataError
+from tests.data.records import (
+    TinyCaptions,
+    TinyImages,
+    TinyPairs,
+    example,
+    prepare,
+    write_pairs,
+    write_shard,
+)
+
+
+@pytest.fixture
+def config():
+    return default_config().data
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Where `tiny_pairs` and `tiny_captions` are prepared, in four shards to a split."""
+    directory = tmp_path_factory.mktemp("tfds")
+    for builder in (TinyPairs, TinyCaptions):
+        prepare(builder, directory, shards=4)
+    return str(directory)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of empty files."""
+    for name in ("a0", "a1", "a2", "a10", "b0", "b1", "c_x", "c_y", "001", "002", "003"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a0", ["a0"]),
+        ("{001..003}", ["001", "002", "003"]),
+        ("a{0..2}", ["a0", "a1", "a2"]),
+        ("a{2..2}", ["a2"]),
+        ("a{1,0}", ["a1", "a0"]),  # as they are written
+        ("{a,b}{0..1}", ["a0", "a1", "b0", "b1"]),
+        ("c_{x,y}", ["c_x", "c_y"]),
+        ("a?", ["a0", "a1", "a2"]),
+        ("c_*", ["c_x", "c_y"]),
+        ("{b,c_}[0x]", ["b0", "c_x"]),
+    ],
+)
+def test_patterns_name_files_in_order(folder, pattern, names):
+    assert expand_paths(f"{folder}/{pattern}") == [f"{folder}/{name}" for name in names]
+
+
+def test_commas_separate_patterns_but_not_within_braces(folder):
+    spec = f"{folder}/b{{1,0}},{folder}/a{{0..1}},{folder}/c_*"
+    names = ["b1", "b0", "a0", "a1", "c_x", "c_y"]
+    assert expand_paths(spec) == [f"{folder}/{name}" for name in names]
+
+
+def test_numbers_keep_their_digits(tmp_path):
+    for name in ("08", "09", "10", "8", "9"):
+        (tmp_path / name).touch()
+    assert expand_paths(f"{tmp_path}/{{08..10}}") == [f"{tmp_path}/{n}" for n in ("08", "09", "10")]
+    assert expand_paths(f"{tmp_path}/{{8..10}}") == [f"{tmp_path}/{n}" for n in ("8", "9", "10")]
+
+
+@pytest.mark.parametrize("pattern", ["d*", "d", "a{0..3}", "{a,d}0"])
+def test_a_pattern_without_a_match_is_named(folder, pattern):
+    missing = {"a{0..3}": "a3", "{a,d}0": "d0"}.get(pattern, pattern)
+    with pytest.raises(DataError) as caught:
+        expand_paths(f"{folder}/b0,{folder}/{pattern}")
+    assert f"no shard matches {folder}/{missing} " in str(caught.value)
+    assert pattern in str(caught.value).partition("(of config.data.train")[2]
+
+
+def test_a_range_that_counts_backwards_is_refused():
+    with pytest.raises(DataError, match=r"\{9\.\.0\} counts backwards in '/shards/\{9\.\.0\}\.tf'"):
+        expand_paths("/shards/{9..0}.tf")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_may_not_be_read_is_named(folder):
+    (folder / "closed").mkdir()
+    (folder / "closed").chmod(0)
+    try:
+        with pytest.raises(DataError, match="closed"):
+            expand_paths(f"{folder}/closed/*")
+    finally:
+        (folder / "closed").chmod(0o700)
+
+
+def test_a_file_system_that_cannot_be_listed_is_named():
+    with pytest.raises(DataError, match=r"cannot list nosuch://bucket/\*: .*nosuch"):
+        expand_paths("nosuch://bucket/*")
+
+
+def test_an_error_while_listing_is_passed_on_with_the_path(monkeypatch):
+    def refuse(path):
+        raise tf.errors.PermissionDeniedError(None, None, "not yours")
+
+    monkeypatch.setattr(tf.io.gfile, "glob", refuse)
+    with pytest.raises(DataError, match="cannot list /closed/0: not yours"):
+        expand_paths("/closed/0")
+
+
+@pytest.mark.parametrize("spec", [None, ""])
+def test_no_spec_is_told_what_to_set(config, spec):
+    with pytest.raises(DataError, match=r"set config\.data\.train to tfds:NAME:SPLIT or to TFRec"):
+        open_source(spec, config)
+
+
+def features_of(source):
+    """The features of every record, in the order of the files, honouring skip and take."""
+    found = []
+    for path, skip, take in source.shards:
+        for record in tf.data.TFRecordDataset(path).skip(skip).take(take):
+            found.append({key: value.numpy() for key, value in source.parse(record).items()})
+    return found
+
+
+def test_shards_of_img2dataset_are_read_as_they_are(config, tmp_path):
+    spec = write_pairs(tmp_path, (2, 1))
+    source = open_source(spec, config)
+    assert source.spec == spec
+    assert [shard.path for shard in source.shards] == [
+        f"{tmp_path}/00000.tfrecord",
+        f"{tmp_path}/00001.tfrecord",
+    ]
+    assert source.counts is None
+    found = features_of(source)
+    assert [f["caption"].decode() for f in found] == [f"photograph number {n}" for n in range(3)]
+    assert all(f["image"].startswith(b"\x89PNG") for f in found)
+    assert all(f.keys() == {"image", "caption"} for f in found)
+
+
+def test_the_names_of_the_features_can_be_set(config, tmp_path):
+    write_shard(tmp_path / "0", [example(picture=b"pixels", words=b"some words", txt=b"others")])
+    config.image_feature, config.caption_feature = "picture", "words"
+    (features,) = features_of(open_source(f"{tmp_path}/0", config))
+    assert features == {"image": b"pixels", "caption": b"some words"}
+
+
+def test_a_data_set_of_tfds_is_read_with_its_pictures_encoded(config, data_dir):
+    config.data_dir = data_dir
+    source = open_source("tfds:tiny_pairs:train", config)
+    assert len(source.shards) == len(source.counts) == 4
+    assert sum(source.counts) == 10
+    assert source.label_names == ("even", "odd")
+    found = features_of(source)
+    assert len(found) == 10
+    for features in found:
+        number = int(features["caption"].decode().removeprefix("number "))
+        assert features["label"] == number % 2
+        pixels = tf.io.decode_png(features["image"]).numpy()
+        np.testing.assert_array_equal(pixels, np.full((4, 4, 3), number))
+
+
+@pytest.mark.parametrize(
+    "split",
+    ["train[:10%]", "train[:3]", "train[4:7]", "train[-2:]", "train[50%:]", "train+test"],
+)
+def test_a_part_of_a_split_holds_the_records_that_tfds_reads(config, data_dir, split):
+    config.data_dir = data_dir
+    source = open_source(f"tfds:tiny_pairs:{split}", config)
+    builder = tfds.builder("tiny_pairs", data_dir=data_dir)
+    expected = [e["caption"] for e in builder.as_dataset(split=split).as_numpy_iterator()]
+    assert [features["caption"] for features in features_of(source)] == expected
+    assert sum(source.counts) == len(expected)
+    assert len(source.counts) == len(source.shards)
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        ("tfds:tiny_pairs", "names no split; write tfds:tiny_pairs:train"),
+        ("tfds:tiny_pairs:", "names no split; write tfds:tiny_pairs:train"),
+        ("tfds:no_such_set:train", "knows no data set 'no_such_set', nor is there one in "),
+        ("tfds:Not a name:train", "'tfds:Not a name:train': "),
+        ("tfds:tiny_images:train", r"tiny_images is not prepared in .*`tfds build tiny_images`"),
+        ("tfds:tiny_pairs:validation", "has the splits (train, test|test, train): .*validation"),
+        ("tfds:tiny_pairs:train[:x]", "has the splits (train, test|test, train): "),
+        ("tfds:tiny_pairs:train[:0]", r"'tfds:tiny_pairs:train\[:0\]' holds no example"),
+        ("tfds:tiny_captions:train", "no feature `image`, only .*caption"),
+    ],
+)
+def test_a_spec_that_tfds_cannot_answer_is_explained(config, data_dir, spec, complaint):
+    config.data_dir = data_dir
+    with pytest.raises(DataError, match=complaint) as caught:
+        open_source(spec, config)
+    assert len(str(caught.value)) < 1000  # not the whole catalogue
+
+
+def test_an_unprepared_data_set_is_told_where_it_was_looked_for(config, tmp_path):
+    config.data_dir = str(tmp_path)
+    assert TinyImages.name == "tiny_images"
+    with pytest.raises(DataError, match=r"config\.data\.data_dir") as caught:
+        open_source("tfds:tiny_images:train", config)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_another_file_format_is_refused(config, tmp_path):
+    builder = prepare(TinyPairs, tmp_path, shards=1)
+    info = pathlib.Path(builder.data_path, "dataset_info.json")
+    info.write_text(info.read_text().replace('"tfrecord"', '"riegeli"'))
+    config.data_dir = str(tmp_path)
+    with pytest.raises(DataError, match="only TFRecord is read"):
+        open_source("tfds:tiny_pairs:train", config)
+
+
+def test_without_a_data_dir_the_glyphs_go_where_tfds_keeps_its_data(
+    config, data_dir, tmp_path, monkeypatch
+):
+    asked = []
+
+    def record(directory):
+        asked.append(directory)
+        return tfds.builder("tiny_pairs", data_dir=data_dir)
+
+    monkeypatch.setattr(glyphs, "prepare", record)
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    open_source("tfds:glyphs:train", config)
+    config.data_dir = "elsewhere"
+    open_source("tfds:glyphs:train", config)
+    assert asked == [str(tmp_path), "elsewhere"]
