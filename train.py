@@ -10,6 +10,7 @@ from clip_jax.config import parse_flags
 from clip_jax.errors import UserError
 from clip_jax.eval import evaluators
 from clip_jax.eval.report import write_report
+from clip_jax.sharding import join_hosts
 from clip_jax.training.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -21,10 +22,12 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(_: list[str]) -> None:
+    """Trains, evaluates, and leaves a report in the workdir."""
     config = _CONFIG.value
     recipe = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
     workdir = _WORKDIR.value or f"runs/{recipe}"
     try:
+        join_hosts()
         result = train(config, workdir, evaluators(config))
         write_report(result, config, workdir)
     except (UserError, FloatingPointError) as error:

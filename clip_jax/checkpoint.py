@@ -1,14 +1,14 @@
 """Checkpoints by Orbax: asynchronous, atomic, and self-describing.
 
-    WORKDIR/checkpoints/STEP/    params       the weights alone, so that a reader needs no optimizer
-                                 optimizer    the rest of the train state, the step included
-                                 metadata     the model card and the data order, as JSON
+WORKDIR/checkpoints/STEP/    params       the weights alone, so that a reader needs no optimizer
+                             optimizer    the rest of the train state, the step included
+                             metadata     the model card and the data order, as JSON
 """
 
 import dataclasses
 import importlib.metadata
 from collections.abc import Iterator
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any
 
 import jax
 from absl import logging
@@ -22,24 +22,6 @@ from clip_jax.version import __version__
 
 FORMAT = 1
 _DIRECTORY = "checkpoints"
-
-
-@runtime_checkable
-class State(Protocol):
-    """What is saved: a NamedTuple with at least these two, such as `training.state.TrainState`."""
-
-    @property
-    def step(self) -> Any: ...  # noqa: D102
-
-    @property
-    def params(self) -> Any: ...  # noqa: D102
-
-    def _asdict(self) -> dict[str, Any]: ...
-
-    def _replace(self: "StateT", **parts: Any) -> "StateT": ...
-
-
-StateT = TypeVar("StateT", bound=State)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +76,11 @@ class Checkpoints:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
         )
 
-    def save(self, state: StateT, card: ModelCard, order: dict[str, Any]) -> None:
+    def save(self, state: Any, card: ModelCard, order: dict[str, Any]) -> None:
         """Starts to write; returns once the arrays are copied. Waits for the save before it.
 
         Args:
-            state: a train state.
+            state: a train state: a NamedTuple with `step` and `params`.
             card: of the model.
             order: where the data stands.
         """
@@ -109,7 +91,7 @@ class Checkpoints:
             custom_metadata={"card": card.to_dict(), "order": order},
         )
 
-    def restore(self, target: StateT, card: ModelCard) -> tuple[StateT, dict[str, Any]] | None:
+    def restore(self, target: Any, card: ModelCard) -> tuple[Any, dict[str, Any]] | None:
         """The newest checkpoint that can be read, or None where there is none at all.
 
         Newer ones that cannot be read are reported and moved to `checkpoints.unreadable/`.
@@ -141,7 +123,7 @@ class Checkpoints:
                 continue
             for damaged in unreadable:
                 self._set_aside(damaged)
-            state = target._replace(params=arrays["params"], **arrays["optimizer"])
+            state = type(target)(params=arrays["params"], **arrays["optimizer"])
             return state, metadata["order"]
         if unreadable:
             raise CheckpointError(
@@ -183,10 +165,7 @@ def load_params(path: epath.PathLike) -> tuple[ModelCard, Any]:
         try:
             card = ModelCard.from_dict(_read_metadata(candidate)["card"])
             shapes = ocp.pytree_metadata(candidate, checkpointable_name="params").metadata
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            abstract = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
-            )
+            abstract = jax.tree.map(_on_default_device, shapes)
             return card, ocp.load_checkpointables(candidate, {"params": abstract})["params"]
         except Exception as error:  # whatever Orbax meets in a damaged directory
             logging.error("checkpoint %s cannot be read (%s)", candidate, _first_line(error))
@@ -199,7 +178,12 @@ def load_params(path: epath.PathLike) -> tuple[ModelCard, Any]:
     )
 
 
-def _without_params(state: StateT) -> dict[str, Any]:
+def _on_default_device(leaf: Any) -> jax.ShapeDtypeStruct:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+
+def _without_params(state: Any) -> dict[str, Any]:
     return {name: part for name, part in state._asdict().items() if name != "params"}
 
 

@@ -103,9 +103,7 @@ def _backward(axis_names, residuals, cotangent):
     image_gradient, scale_by_images = one_side(image_bE, text_bE, image_lse_b, text_lse_b)
     text_gradient, scale_by_texts = one_side(text_bE, image_bE, text_lse_b, image_lse_b)
     scale_gradient = _sum(
-        scale_by_images
-        + scale_by_texts
-        - jnp.sum(_paired_similarity(image_bE, text_bE)) / rows,
+        scale_by_images + scale_by_texts - jnp.sum(_paired_similarity(image_bE, text_bE)) / rows,
         axis_names,
     )
     return (

@@ -34,22 +34,21 @@ class Preprocess:
         As the released code does, EXIF rotation is not applied and a palette is resized as such.
         """
         short = min(image.size)
-        target = tuple(int(self.size * side / short) for side in image.size)
-        image = image.resize(target, Image.Resampling.BICUBIC)
-        left = round((target[0] - self.size) / 2)
-        top = round((target[1] - self.size) / 2)
+        width, height = (int(self.size * side / short) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         image = image.crop((left, top, left + self.size, top + self.size))
         return np.asarray(image.convert("RGB"))
 
     def normalize(self, pixels: UInt8[Array | np.ndarray, "*batch C"]) -> Float[Array, "*batch C"]:
         """Pixels 0 to 255 -> normalised float32, in JAX; for use inside a jitted function."""
-        scaled = pixels.astype(jnp.float32) / 255
+        scaled = jnp.asarray(pixels, jnp.float32) / 255
         return (scaled - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
     def __call__(self, image: Image.Image) -> Float[np.ndarray, "size size 3"]:
         """A PIL picture -> normalised float32 [size, size, 3]; stack them for a batch."""
         scaled = self.resize(image).astype(np.float32) / 255
-        return (scaled - np.float32(self.mean)) / np.float32(self.std)
+        return (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the model card."""

@@ -4,6 +4,7 @@ Mesh axes: `data` splits the batch; `fsdp` splits the batch too, and the paramet
 optimizer's moments; `tensor` splits heads and MLP hidden units.
 """
 
+import contextlib
 import re
 from typing import Any
 
@@ -37,6 +38,15 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"class_embedding$", P()),
     (r"(^|/)(step|count|logit_scale)$", P()),
 )
+
+
+def join_hosts() -> None:
+    """Joins the other hosts of a TPU pod or a Slurm job; must come before any use of a device.
+
+    On a machine by itself, where JAX detects no cluster, it does nothing.
+    """
+    with contextlib.suppress(ValueError):  # "coordinator_address should be defined"
+        jax.distributed.initialize()
 
 
 def make_mesh(config: ConfigDict) -> Mesh:
@@ -80,15 +90,15 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
     def sharding(path, leaf) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, spec in RULES:
-            if re.search(pattern, name):
-                break
-        else:
+        spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
+        if spec is None:
             faults.append(f"{name} {leaf.shape}: no rule in sharding.RULES matches")
             return NamedSharding(mesh, P())
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:
-                faults.append(f"{name} {leaf.shape}: {axis}={mesh.shape[axis]} does not divide {size}")
+                faults.append(
+                    f"{name} {leaf.shape}: {axis}={mesh.shape[axis]} does not divide {size}"
+                )
         return NamedSharding(mesh, spec)
 
     shardings = jax.tree_util.tree_map_with_path(sharding, state)
@@ -105,6 +115,4 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Makes global arrays, split over the batch axes, of each host's own rows (numpy)."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
-    return jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
-    )
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)

@@ -55,14 +55,17 @@ def pairs(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("pairs")
     random = np.random.default_rng(0)
-    words = "red green blue round square small large old new soft".split()
+    words = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "soft"]
     for shard in range(4):
         with tf.io.TFRecordWriter(str(directory / f"{shard}.tfrecord")) as writer:
             for _ in range(40):
                 file = io.BytesIO()
                 picture = random.integers(0, 256, (20, 24, 3), np.uint8)
                 Image.fromarray(picture).save(file, "PNG")
-                features = {"jpg": file.getvalue(), "txt": " ".join(random.choice(words, 4)).encode()}
+                features = {
+                    "jpg": file.getvalue(),
+                    "txt": " ".join(random.choice(words, 4)).encode(),
+                }
                 example = tf.train.Example()
                 for name, value in features.items():
                     example.features.feature[name].bytes_list.value.append(value)

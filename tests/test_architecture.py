@@ -9,7 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
-    {"models", "tokenizer", "preprocess", "losses", "optim", "sharding", "config", "errors", "version"},
+    {
+        "models",
+        "tokenizer",
+        "preprocess",
+        "losses",
+        "optim",
+        "sharding",
+        "config",
+        "errors",
+        "version",
+    },
     {"data", "checkpoint"},
     {"loading", "training"},
     {"eval"},
@@ -62,7 +72,9 @@ def test_models_know_no_mesh_and_losses_no_model():
 
 
 def test_importing_the_package_loads_neither_tensorflow_nor_torch():
-    command = "import sys, clip_jax; print([m for m in ('tensorflow', 'torch') if m in sys.modules])"
+    command = (
+        "import sys, clip_jax; print([m for m in ('tensorflow', 'torch') if m in sys.modules])"
+    )
     found = subprocess.run(
         [sys.executable, "-c", command], capture_output=True, text=True, check=True, cwd=ROOT
     )
@@ -73,7 +85,9 @@ def test_only_the_rooms_that_read_data_or_write_logs_import_tensorflow():
     allowed = {"data", "training/metrics"}
     for path in MODULES:
         where = str(path.relative_to(ROOT / "clip_jax").with_suffix(""))
-        if any(name.split(".")[0] in ("tensorflow", "tensorflow_datasets") for name in imports(path)):
+        if any(
+            name.split(".")[0] in ("tensorflow", "tensorflow_datasets") for name in imports(path)
+        ):
             assert where in allowed or room(path) in allowed, where
 
 
@@ -84,7 +98,9 @@ def test_the_newcomers_path_is_under_600_lines():
 
 def test_no_file_is_called_by_a_name_that_says_nothing():
     vague = {"utils", "util", "helpers", "misc", "common"}
-    assert not [path for path in ROOT.rglob("*.py") if path.stem in vague and ".venv" not in path.parts]
+    assert not [
+        path for path in ROOT.rglob("*.py") if path.stem in vague and ".venv" not in path.parts
+    ]
 
 
 def test_functions_and_files_stay_readable():

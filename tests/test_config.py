@@ -51,7 +51,10 @@ def test_single_keys_can_be_set(parse):
     [
         (["--config.optim.peek_lr=1"], "config.optim has no key 'peek_lr'; its keys: beta1, beta2"),
         (["--config.optm.peak_lr=1"], "config has no key 'optm'; its keys: checkpoint, data, eval"),
-        (["--config.seed=1", "--config.model.vision.widht", "9"], "no key 'widht'; its keys: activ"),
+        (
+            ["--config.seed=1", "--config.model.vision.widht", "9"],
+            "no key 'widht'; its keys: activ",
+        ),
         (["--config.seed.more=1"], "config.seed has no key 'more'; its keys: none"),
         (["--config.train.steps=many"], "invalid literal for int"),
         (["--flag=1"], "Unknown command line flag 'flag'"),

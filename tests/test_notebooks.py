@@ -39,7 +39,7 @@ QUICK = {
 
 
 def _python(cell):
-    """The code of a cell, with magics and shell commands as the calls that IPython makes of them."""
+    """The code of a cell, with magics and shell commands as the calls IPython makes of them."""
     return TransformerManager().transform_cell(cell.source)
 
 

@@ -21,6 +21,7 @@ TPUS = ["compute", "tpus"]
 ZONE = "--zone=us-west4-a"
 LIST = [*TPUS, "queued-resources", "list", "--filter=name.basename()=pod"]
 LIST += ["--format=value(state.state)", ZONE]
+PATIENCE = 300  # seconds, on a machine that is busy with other things
 WORKER = "bash clip_jax/tpu_scripts/worker.sh"
 TOOLS = ["bash", "dirname", "env", "git", "gzip", "mkdir", "mv", "pkill", "rm", "rmdir", "sed"]
 TOOLS += ["tail", "tar", "timeout"]
@@ -82,7 +83,7 @@ if "train.py" in sys.argv:
     signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
     print("training", flush=True)
     status = pathlib.Path("../status")
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while not signals and not status.exists() and time.time() < deadline:
         time.sleep(0.02)
     time.sleep(0.5 if signals else 0)
@@ -145,7 +146,7 @@ class Cloud:
 
     def run(self, script: str, *arguments: str, answer: str = "") -> tuple[int, str, str]:
         process = self.popen(script, *arguments)
-        out, err = process.communicate(answer, timeout=60)
+        out, err = process.communicate(answer, PATIENCE)
         return process.returncode, out, err
 
     def lines(self, path: str) -> list:
@@ -294,7 +295,7 @@ def test_a_run_outlives_its_connection_until_it_is_stopped(cloud):
     process = cloud.popen("train.sh", *WHERE, "--", "--config=c.py", start_new_session=True)
     assert process.stdout.readline() == "training\n"
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "detached; the run goes on" in err
 
@@ -307,7 +308,9 @@ def test_a_run_outlives_its_connection_until_it_is_stopped(cloud):
     watching = cloud.popen("train.sh", *WHERE, "--watch")
     assert watching.stdout.readline() == "training\n"
     stops = [cloud.popen("train.sh", *WHERE, "--stop") for _ in range(2)]
-    assert [each.wait(timeout=60) for each in (*stops, watching)] == [0, 0, 143]
+    assert [each.wait(PATIENCE) for each in stops] == [0, 0]
+    assert all(each.with_name("train.status").exists() for each in logs)
+    assert watching.wait(PATIENCE) == 143
     assert [each.read_text() for each in logs] == ["training\nsignals: 1\n"] * 2
     stop = ssh_call("all", f"{WORKER} stop")
     assert cloud.calls() == [ssh_call("0", f"{WORKER} watch"), stop, stop]

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from clip_jax.data import images
 from clip_jax.data.batch import Batch
-from clip_jax.data.order import Order, fold_in, ordered_records
+from clip_jax.data.order import Order, find_unreadable_shard, fold_in, ordered_records
 from clip_jax.data.sources import Source
 from clip_jax.errors import DataError
 from clip_jax.tokenizer import tokenize
@@ -95,16 +95,17 @@ def _find_fault(source: Source, order: Order, batch_size: int, host: int, hosts:
     """Reads the batch that failed once more, one record at a time, to name the one at fault."""
     records = ordered_records(source, order, batch_size, host, hosts).take(batch_size // hosts)
     try:
-        for record in records.as_numpy_iterator():
+        for record in records:
             try:
                 images.decode(source.parse(record["record"])["image"])
             except tf.errors.OpError as error:
                 return (
-                    f"{record['shard'].decode()}, record {record['index']}: {error.message}; "
-                    "write the shard again without the record"
+                    f"{record['shard'].numpy().decode()}, record {record['index']}: "
+                    f"{error.message}; write the shard again without the record"
                 )
     except tf.errors.OpError as error:
-        return f"{source.spec} cannot be read: {error.message}"
+        path = find_unreadable_shard(source, order, batch_size, host, hosts)
+        return f"{path or source.spec} cannot be read: {error.message}"
     return None
 
 

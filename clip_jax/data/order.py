@@ -168,6 +168,39 @@ def _stream(source: Source, order: Order, stream: int) -> tf.data.Dataset:
     )
 
 
+def find_unreadable_shard(
+    source: Source, order: Order, batch_size: int, host: int, hosts: int
+) -> str | None:
+    """The path of the shard at which `ordered_records` fails in its first batch, if it does again.
+
+    TensorFlow's own message names a file that is missing, but not one that is damaged.
+    """
+    batches = 1 + -(-order.window // order.rows_per_stream(batch_size))  # the shuffle reads ahead
+    plain = dataclasses.replace(order, window=1)  # shard by shard
+    records = ordered_records(source, plain, batch_size, host, hosts)
+    latest: dict[int, str] = {}  # by stream, the shard whose record was the last to be read
+    try:
+        for record in records.take(batches * batch_size // hosts).as_numpy_iterator():
+            latest[int(record["stream"])] = record["shard"].decode()
+    except tf.errors.OpError:
+        # In the rest of one of these shards, or at the start of one that comes after it.
+        for path in latest.values():
+            if not _is_readable(path):
+                return path
+        for shard in source.shards:
+            if not _is_readable(shard.path, 1):
+                return shard.path
+    return None
+
+
+def _is_readable(path: str, records: int = -1) -> bool:
+    try:
+        tf.data.TFRecordDataset(path).take(records).reduce(0, lambda count, _: count + 1)
+    except tf.errors.OpError:
+        return False
+    return True
+
+
 def _is_empty(path: str) -> bool:
     try:
         return tf.io.gfile.stat(path).length == 0

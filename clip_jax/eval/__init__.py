@@ -57,9 +57,7 @@ def evaluate(
     data.data_dir = data_dir
     source = open_source(entry.source, data)
     embedded = embed_dataset(model, preprocess, source, mesh, batch_size)
-    return {
-        task: TASKS[task](model, entry, source, embedded, mesh, batch_size) for task in tasks
-    }
+    return {task: TASKS[task](model, entry, source, embedded, mesh, batch_size) for task in tasks}
 
 
 def evaluators(config: ConfigDict) -> Mapping[str, Callable[..., dict[str, float]]]:

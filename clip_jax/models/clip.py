@@ -79,7 +79,9 @@ class CLIP(nnx.Module):
         embeddings = self.visual(images)
         return l2_normalize(embeddings) if normalize else embeddings
 
-    def encode_text(self, tokens: Int[Array | np.ndarray, "B T"], normalize: bool = False) -> Float[Array, "B E"]:
+    def encode_text(
+        self, tokens: Int[Array | np.ndarray, "B T"], normalize: bool = False
+    ) -> Float[Array, "B E"]:
         """Embeds token ids (what `tokenize` returns), optionally to unit length."""
         embeddings = self.text(tokens)
         return l2_normalize(embeddings) if normalize else embeddings

@@ -5,7 +5,7 @@ Axis letters: B batch, T tokens, D width, K heads, H head width, F MLP width, L 
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,8 +93,8 @@ class LayerNorm(nnx.LayerNorm):
             width, epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
         )
 
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return super().__call__(x).astype(x.dtype)
+    def __call__(self, x: Float[Array, "*batch D"], **kwargs: Any) -> Float[Array, "*batch D"]:
+        return super().__call__(x, **kwargs).astype(x.dtype)
 
 
 class Dense(nnx.Module):
@@ -110,7 +110,7 @@ class Dense(nnx.Module):
         out_shape: tuple[int, ...],
         *,
         kernel_init: Initializer,
-        bias_init: Initializer | None = nnx.initializers.zeros_init(),
+        bias_init: Initializer | None = jax.nn.initializers.zeros,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -144,9 +144,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         q_BTKH, k_BTKH, v_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        return self.out(
-            jax.nn.dot_product_attention(q_BTKH, k_BTKH, v_BTKH, is_causal=self.causal)
-        )
+        return self.out(jax.nn.dot_product_attention(q_BTKH, k_BTKH, v_BTKH, is_causal=self.causal))
 
 
 class MLP(nnx.Module):

@@ -28,7 +28,14 @@ class TextTransformer(nnx.Module):
     """Token ids -> embeddings."""
 
     def __init__(
-        self, config: TextConfig, embed_dim: int, *, dtype, remat: Remat, unroll: int, rngs: nnx.Rngs
+        self,
+        config: TextConfig,
+        embed_dim: int,
+        *,
+        dtype,
+        remat: Remat,
+        unroll: int,
+        rngs: nnx.Rngs,
     ):
         width, mlp_width = config.width, int(config.width * config.mlp_ratio)
         normal = jax.nn.initializers.normal

@@ -40,9 +40,7 @@ class ViTConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
-def resize_position_embedding(
-    table: Float[Array, "N D"], tokens: int
-) -> Float[Array, "M D"]:
+def resize_position_embedding(table: Float[Array, "N D"], tokens: int) -> Float[Array, "M D"]:
     """Brings a position table to another resolution: bicubic over the grid, class token kept.
 
     Args:
@@ -113,7 +111,7 @@ class VisionTransformer(nnx.Module):
                 f"expected images of shape [B, {size}, {size}, 3], got {images_BHWC.shape}; "
                 "resize them with the model's preprocess"
             )
-        p = self.config.patch_size
+        p, images_BHWC = self.config.patch_size, jnp.asarray(images_BHWC)
         patches_BNP = rearrange(images_BHWC, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         x_BND = self.patch_embedding(patches_BNP)
         class_token = jnp.broadcast_to(

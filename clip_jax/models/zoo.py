@@ -1,4 +1,4 @@
-"""The named models: data, no code. Sizes from the paper's tables 19 and 20 and the released code."""
+"""The named models: data, no code. Sizes from the paper's table 20 and the released code."""
 
 import dataclasses
 import difflib

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -161,7 +160,9 @@ def _start_from(path: str, state: TrainState) -> TrainState:
         )
     logging.info("starting from the weights of %s", path)
     return state._replace(
-        params=jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+        params=jax.tree.map(
+            lambda new, old: jax.device_put(new, old.sharding), params, state.params
+        )
     )
 
 

@@ -38,9 +38,7 @@ class TrainLog:
         batch_size: global, for examples a second.
     """
 
-    def __init__(
-        self, workdir: epath.PathLike, step: int, steps: int, every: int, batch_size: int
-    ):
+    def __init__(self, workdir: epath.PathLike, step: int, steps: int, every: int, batch_size: int):
         self._every = every
         self._batch_size = batch_size
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None

@@ -27,17 +27,13 @@ def abstract_model(
 ) -> tuple[nnx.GraphDef, Any]:
     """The model without arrays: its graph definition, and the shapes of its parameters."""
     model = nnx.eval_shape(
-        lambda: CLIP(
-            config, dtype=jnp.dtype(dtype), remat=remat, unroll=unroll, rngs=nnx.Rngs(0)
-        )
+        lambda: CLIP(config, dtype=jnp.dtype(dtype), remat=remat, unroll=unroll, rngs=nnx.Rngs(0))
     )
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
 
 
-def abstract_state(
-    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the train state, from the shapes of the parameters."""
     shapes = jax.eval_shape(
         lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), params

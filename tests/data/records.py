@@ -102,7 +102,10 @@ class TinyPairs(tfds.core.GeneratorBasedBuilder):
         return values
 
     def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(range(10)), "test": self._generate_examples(range(10, 14))}
+        return {
+            "train": self._generate_examples(range(10)),
+            "test": self._generate_examples(range(10, 14)),
+        }
 
     def _generate_examples(self, numbers):
         for n in numbers:

@@ -117,7 +117,9 @@ class Reference:
         for layer in range(layers):
             p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
             x = x + self.attention(self.layer_norm(x, p["ln_1"]), p["attention"], causal)
-            hidden = self.layer_norm(x, p["ln_2"]) @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"]
+            hidden = (
+                self.layer_norm(x, p["ln_2"]) @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"]
+            )
             hidden = hidden / (1 + np.exp(-1.702 * hidden))
             x = x + hidden @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"]
         return x
@@ -255,9 +257,7 @@ def test_images_of_another_size_and_texts_too_long_are_refused_with_both_sizes()
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(part, change, message):
-    config = dataclasses.replace(
-        TINY, **{part: dataclasses.replace(getattr(TINY, part), **change)}
-    )
+    config = dataclasses.replace(TINY, **{part: dataclasses.replace(getattr(TINY, part), **change)})
     with pytest.raises(ConfigError, match=message):
         CLIP(config, rngs=nnx.Rngs(0))
 

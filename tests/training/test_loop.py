@@ -1,4 +1,4 @@
-"""Whole runs: what they leave behind, what they survive, and how they end when they cannot go on."""
+"""Whole runs: what they leave behind, what they survive, how they end when they cannot go on."""
 
 import json
 import os
@@ -155,7 +155,9 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(small_config, tmp_pat
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(small_config, tmp_path):
     small_config.optim.peak_lr = 1e30
     small_config.optim.warmup_steps = 0
-    with pytest.raises(FloatingPointError, match=r"loss is \w+ at step .*lower config.optim.peak_lr"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss is \w+ at step .*lower config.optim.peak_lr"
+    ):
         train(small_config, str(tmp_path))
 
 
@@ -200,5 +202,5 @@ def test_an_unfinished_last_line_of_the_log_is_passed_over(tmp_path):
 @pytest.mark.parametrize("path", ["nothing", "empty"])
 def test_loading_what_is_no_checkpoint_says_what_was_expected(tmp_path, path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint in .*expected a workdir"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*expected a workdir"):
         clip_jax.load(tmp_path / path)

@@ -112,7 +112,7 @@ def test_the_state_stays_where_the_rules_put_it(mesh):
 
 
 def test_the_logit_scale_is_learned_and_never_passes_the_cap(mesh):
-    free, history = run(mesh)
+    _, history = run(mesh)
     scales = [metrics["logit_scale"] for metrics in history]
     assert scales[0] == pytest.approx(1 / 0.07, rel=1e-5)
     assert len(set(map(float, scales))) == len(scales)
