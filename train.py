@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from clip_jax.config import parse_flags
@@ -19,6 +19,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "For checkpoints, logs and plots, local or gs://; default: runs/RECIPE."
 )
+
+flags.FLAGS.set_default("verbosity", logging.WARNING)  # --verbosity=0: what the libraries say, too
 
 
 def main(_: list[str]) -> None:

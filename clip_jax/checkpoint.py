@@ -164,7 +164,7 @@ def load_params(path: epath.PathLike) -> tuple[ModelCard, Any]:
     for candidate in _candidates(epath.Path(path)):
         try:
             card = ModelCard.from_dict(_read_metadata(candidate)["card"])
-            shapes = ocp.pytree_metadata(candidate, checkpointable_name="params").metadata
+            shapes = ocp.metadata(candidate, "params").metadata
             abstract = jax.tree.map(_on_default_device, shapes)
             return card, ocp.load_checkpointables(candidate, {"params": abstract})["params"]
         except Exception as error:  # whatever Orbax meets in a damaged directory

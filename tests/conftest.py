@@ -1,6 +1,7 @@
 """Settings of the whole test run: eight CPU devices, and public signatures checked as they run."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -19,6 +20,10 @@ tf.autograph.set_verbosity(0)
 
 # Shapes and dtypes in signatures are enforced wherever the tests go.
 install_import_hook("clip_jax", "beartype.beartype")
+
+# Many tests compile the same small programs; the cache lives as long as the process.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="clip_jax_xla_"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 import clip_jax  # noqa: E402, F401  (imported under the hook before any test module is)
 

@@ -1,1 +1,6 @@
 """Sources -> order -> pictures -> batches. TensorFlow is imported by the modules, not here."""
+
+import os
+
+# TensorFlow only reads data here: what it has to say of its kernels interests nobody.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

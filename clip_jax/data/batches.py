@@ -1,6 +1,7 @@
 """Batches for the device: training batches in exact order, and evaluation batches without loss."""
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,7 +76,7 @@ def train_batches(
             batch = next(iterator)
         except tf.errors.OpError as error:
             fault = _find_fault(source, order, batch_size, host, hosts)
-            raise DataError(fault or f"{source.spec}: {error.message}") from error
+            raise DataError(fault or f"{source.spec}: {_reason(error)}") from error
         yield Batch(batch["image"], _tokenize(batch, context_length))
         order = order.after(1, batch_size)
 
@@ -101,12 +102,17 @@ def _find_fault(source: Source, order: Order, batch_size: int, host: int, hosts:
             except tf.errors.OpError as error:
                 return (
                     f"{record['shard'].numpy().decode()}, record {record['index']}: "
-                    f"{error.message}; write the shard again without the record"
+                    f"{_reason(error)}; write the shard again without the record"
                 )
     except tf.errors.OpError as error:
         path = find_unreadable_shard(source, order, batch_size, host, hosts)
-        return f"{path or source.spec} cannot be read: {error.message}"
+        return f"{path or source.spec} cannot be read: {_reason(error)}"
     return None
+
+
+def _reason(error: tf.errors.OpError) -> str:
+    """What went wrong, without the places in the graph."""
+    return re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message.splitlines()[0]).strip(" .")
 
 
 def eval_batches(source: Source, image_size: int, batch_size: int) -> Iterator[EvalBatch]:
@@ -152,7 +158,7 @@ def eval_batches(source: Source, image_size: int, batch_size: int) -> Iterator[E
         try:
             row = next(iterator, no_row)  # the other hosts may have one batch more
         except tf.errors.OpError as error:
-            raise DataError(f"{source.spec}: {error.message}") from error
+            raise DataError(f"{source.spec}: {_reason(error)}") from error
         padded = {key: _pad(value, rows_per_host) for key, value in row.items()}
         yield EvalBatch(
             image=padded.pop("image"),
@@ -173,7 +179,7 @@ def _count(source: Source, records: tf.data.Dataset) -> int:
     try:
         return int(records.reduce(np.int64(0), lambda total, _: total + 1))
     except tf.errors.OpError as error:
-        raise DataError(f"{source.spec} cannot be read: {error.message}") from error
+        raise DataError(f"{source.spec} cannot be read: {_reason(error)}") from error
 
 
 class Prefetch(Generic[T]):

@@ -175,8 +175,10 @@ def find_unreadable_shard(
 
     TensorFlow's own message names a file that is missing, but not one that is damaged.
     """
-    batches = 1 + -(-order.window // order.rows_per_stream(batch_size))  # the shuffle reads ahead
-    plain = dataclasses.replace(order, window=1)  # shard by shard
+    # Shard by shard, from the last good record to the end of what the shuffle reads ahead.
+    before = tuple(max(position - 1, 0) for position in order.positions)
+    plain = dataclasses.replace(order, window=1, positions=before)
+    batches = 1 + -(-(1 + order.window) // order.rows_per_stream(batch_size))
     records = ordered_records(source, plain, batch_size, host, hosts)
     latest: dict[int, str] = {}  # by stream, the shard whose record was the last to be read
     try:

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -23,6 +23,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Of all devices together."
 _OUT = flags.DEFINE_string(
     "out", None, "Results, one JSON object a line; default: standard output."
 )
+flags.FLAGS.set_default("verbosity", logging.WARNING)
 flags.mark_flags_as_required(["model", "dataset"])
 
 

@@ -89,7 +89,6 @@ def train(
         if restored is not None:
             state, saved_order = restored
             order = order.resume(saved_order)
-            logging.info("going on from step %d of %s", state.step, workdir)
         else:
             state = initial_state(model_config, optimizer, mesh, config.seed)
             if config.train.init_from:
@@ -108,6 +107,9 @@ def train(
         log = stack.enter_context(
             contextlib.closing(TrainLog(workdir, first_step, steps, config.log.every, batch_size))
         )
+
+        if restored is not None:
+            log.say(f"going on from step {first_step} of {workdir}")
 
         def save() -> None:
             taken = int(state.step) - first_step

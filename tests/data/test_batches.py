@@ -167,8 +167,8 @@ def damaged(directory, changes, config):
     ("picture", "complaint"),
     [
         (b"no picture", "Unknown image file format"),
-        (b"", "empty"),
-        (encode(photograph(20, 20), "JPEG")[:-200], "JPEG"),
+        (b"", "Input is empty; write the shard again"),
+        (encode(photograph(20, 20), "JPEG")[:-200], "jpeg::Uncompress failed"),
     ],
     ids=["garbage", "nothing", "half"],
 )
@@ -180,7 +180,7 @@ def test_a_picture_that_does_not_decode_is_named_after_the_good_batches(
     batches = train_batches(source, start(source, config), config, SIZE, CONTEXT)
     for _ in range(2):
         next(batches)
-    with pytest.raises(DataError, match=rf"/00000\.tfrecord, record 5: .*{complaint}"):
+    with pytest.raises(DataError, match=rf"/00000\.tfrecord, record 5: {complaint}"):
         next(batches)
 
 
