@@ -14,6 +14,7 @@ to a model trained on the rest, the words of the names are not. That makes a tru
 import contextlib
 import hashlib
 import io
+import os
 import struct
 import sys
 import unicodedata
@@ -201,7 +202,7 @@ class Glyphs(tfds.core.GeneratorBasedBuilder):
             yield f"U+{ord(char):04X} {face}", example
 
 
-def prepare(data_dir: str | Path) -> Glyphs:
+def prepare(data_dir: str | os.PathLike[str]) -> Glyphs:
     """Makes the data set under `data_dir`, unless it is there already, and opens it.
 
     The files appear under their final name only when complete. Of several processes that start at
@@ -219,11 +220,11 @@ def prepare(data_dir: str | Path) -> Glyphs:
     config = tfds.download.DownloadConfig(num_shards=NUM_SHARDS, try_download_gcs=False)
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    builder = Glyphs(data_dir=str(data_dir))
+    builder = Glyphs(data_dir=os.fspath(data_dir))
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # "Downloading ...": it does not
             builder.download_and_prepare(download_config=config)
     except OSError:  # another process was first: TFDS found its directory where its own had to go
         if not builder.data_path.exists():
             raise
-    return Glyphs(data_dir=str(data_dir))  # as the files have it, whoever wrote them
+    return Glyphs(data_dir=os.fspath(data_dir))  # as the files have it, whoever wrote them

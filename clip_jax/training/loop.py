@@ -107,11 +107,11 @@ def train(
         log = stack.enter_context(
             contextlib.closing(TrainLog(workdir, first_step, steps, config.log.every, batch_size))
         )
-
         if restored is not None:
             log.say(f"going on from step {first_step} of {workdir}")
 
         def save() -> None:
+            log.flush(batches.waited)  # a loss that is not finite must not reach a checkpoint
             taken = int(state.step) - first_step
             checkpoints.save(state, card, order.after(taken, batch_size).to_dict())
 
@@ -136,7 +136,6 @@ def train(
             if step % config.checkpoint.every == 0 or step == steps or stop:
                 save()
             if stop:
-                log.flush(batches.waited)
                 log.say(f"stopped and saved at step {step}; the same command goes on from there")
                 raise Interrupted(128 + stop[0])
             if config.eval.every and step % config.eval.every == 0 and step < steps:

@@ -120,7 +120,7 @@ def test_a_pair_is_cropped_anew_in_every_epoch(undisturbed):
     assert all(len(set(seen)) == len(seen) >= 2 for seen in crops.values())
 
 
-@pytest.mark.parametrize("done", [1, 4, 7])
+@pytest.mark.parametrize("done", [1, 7])
 def test_resuming_gives_the_same_batches_bit_for_bit(source, config, undisturbed, done):
     saved = start(source, config).after(done, BATCH).to_dict()
     resumed = start(source, config).resume(saved)
@@ -167,10 +167,9 @@ def damaged(directory, changes, config):
     ("picture", "complaint"),
     [
         (b"no picture", "Unknown image file format"),
-        (b"", "Input is empty; write the shard again"),
         (encode(photograph(20, 20), "JPEG")[:-200], "jpeg::Uncompress failed"),
     ],
-    ids=["garbage", "nothing", "half"],
+    ids=["garbage", "half"],
 )
 def test_a_picture_that_does_not_decode_is_named_after_the_good_batches(
     config, tmp_path, picture, complaint
@@ -212,8 +211,7 @@ def cut(path, part):
     os.truncate(path, path.stat().st_size - 30 if part == "last" else 30)
 
 
-@pytest.mark.parametrize("part", ["first", "last"])
-@pytest.mark.parametrize("window", [1, 8])
+@pytest.mark.parametrize(("part", "window"), [("first", 8), ("last", 1)])
 def test_a_truncated_shard_is_named(config, tmp_path, part, window):
     config.data.shuffle_window = window
     source = open_source(write_pairs(tmp_path, LENGTHS), config.data)
@@ -265,7 +263,7 @@ def number(image):
     return int(image[0, 0, 0])
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 10, 16])
+@pytest.mark.parametrize("batch_size", [3, 5, 16])
 def test_evaluation_gives_every_example_once_and_marks_the_padding(tiny_images, batch_size):
     batches = list(eval_batches(tiny_images, 8, batch_size))
     assert len(batches) == -(-10 // batch_size)
@@ -300,7 +298,7 @@ def test_evaluation_keeps_the_order_of_the_files_and_the_transform_of_preprocess
         assert np.abs(image.astype(int) - expected).max() <= 2
 
 
-@pytest.mark.parametrize(("hosts", "per_host"), [(2, 1), (3, 2), (4, 3), (16, 1)])
+@pytest.mark.parametrize(("hosts", "per_host"), [(3, 2), (11, 1)])
 def test_hosts_share_out_the_evaluation_set_in_equally_many_batches(
     tiny_images, monkeypatch, hosts, per_host
 ):
@@ -326,12 +324,12 @@ def test_an_evaluation_batch_that_the_hosts_do_not_divide_is_refused(tiny_images
 
 def test_evaluation_names_what_it_cannot_read(config, tmp_path):
     source = damaged(tmp_path / "a", {3: {"jpg": b"no picture"}}, config)
-    with pytest.raises(DataError, match=r"00000\.tfrecord.*Unknown image file format"):
+    with pytest.raises(DataError, match=r"/a/.*00000.*: Unknown image file format"):
         list(eval_batches(source, 8, 2))
     source = damaged(tmp_path / "b", {}, config)
     path = tmp_path / "b" / "00000.tfrecord"
     os.truncate(path, path.stat().st_size - 30)
-    with pytest.raises(DataError, match=r"b/.*00000.*truncated"):
+    with pytest.raises(DataError, match=r"/b/.*00000.* cannot be read: truncated record"):
         list(eval_batches(source, 8, 2))
 
 

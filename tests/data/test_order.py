@@ -153,7 +153,7 @@ def assert_resumes_after(batches, source, **kwargs):
     assert read(source, resumed, BATCHES - batches) == expected
 
 
-@pytest.mark.parametrize("batches", [1, 5, 7, 14])
+@pytest.mark.parametrize("batches", [1, 7, 13])
 def test_resuming_continues_as_if_nothing_had_happened(source, batches):
     assert_resumes_after(batches, source)
 
