@@ -35,6 +35,7 @@ QUICK = {
     "optim.warmup_steps": 15,
     "optim.weight_decay": 0.0,
     "train.batch_size": 64,
+    "train.unroll": 1,
 }
 
 

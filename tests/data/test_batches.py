@@ -298,22 +298,26 @@ def test_evaluation_keeps_the_order_of_the_files_and_the_transform_of_preprocess
         assert np.abs(image.astype(int) - expected).max() <= 2
 
 
-@pytest.mark.parametrize(("hosts", "per_host"), [(3, 2), (11, 1)])
+@pytest.mark.parametrize(("examples", "hosts", "per_host"), [(10, 3, 2), (8, 2, 2), (2, 3, 1)])
 def test_hosts_share_out_the_evaluation_set_in_equally_many_batches(
-    tiny_images, monkeypatch, hosts, per_host
+    config, data_dir, monkeypatch, examples, hosts, per_host
 ):
+    config.data.data_dir = data_dir
+    source = open_source(f"tfds:tiny_images:train[:{examples}]", config.data)
+    everything = [number(b.image[0]) for b in eval_batches(source, 8, 1)]
     monkeypatch.setattr(jax, "process_count", lambda: hosts)
     seen, lengths = [], set()
     for host in range(hosts):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        batches = list(eval_batches(tiny_images, 8, hosts * per_host))
+        batches = list(eval_batches(source, 8, hosts * per_host))
         lengths.add(len(batches))
         for batch in batches:
             assert batch.image.shape == (per_host, 8, 8, 3)
             assert batch.features["label"].shape == (per_host,)
             seen += [number(image) for image in batch.image[batch.valid]]
     assert len(lengths) == 1
-    assert sorted(seen) == list(range(10))
+    assert sorted(seen) == sorted(everything)
+    assert len(everything) == examples
 
 
 def test_an_evaluation_batch_that_the_hosts_do_not_divide_is_refused(tiny_images, monkeypatch):
