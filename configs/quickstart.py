@@ -7,7 +7,7 @@ def get_config():
     config = default_config()
     config.model.name = "ViT-glyphs"
     config.data.train = "tfds:glyphs:train"
-    config.data.crop = (0.9, 1.0)
+    config.data.crop = (0.94, 1.0)
     config.data.mean = (0.9, 0.9, 0.9)  # paper is white: most pixels are 1
     config.data.std = (0.27, 0.27, 0.27)
     config.train.update(steps=2400, batch_size=128, dtype="float32", unroll=4)

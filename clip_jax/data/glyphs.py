@@ -15,16 +15,15 @@ import contextlib
 import hashlib
 import io
 import os
-import struct
 import sys
 import unicodedata
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 
 FACES: dict[str, str] = {
     "sans": "DejaVuSans.ttf",
@@ -130,19 +129,10 @@ def render(face: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _png(image: np.ndarray) -> bytes:
-    """Encodes uint8 [H, W] as a grey PNG: twice as fast as Pillow on images this small."""
-    height, width = image.shape
-    rows = np.zeros((height, 1 + width), np.uint8)  # each row begins with its filter: 0, none
-    rows[:, 1:] = image
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),  # 8 bits, grey
-        (b"IDAT", zlib.compress(rows.tobytes())),
-        (b"IEND", b""),
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
+    """Encodes uint8 [H, W] as a grey PNG."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
 
 
 class Glyphs(tfds.core.GeneratorBasedBuilder):
