@@ -68,7 +68,7 @@ def _execute(notebook, directory, timeout):
         kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
         connection_file=str(directory / "kernel.json"),
     )
-    client = NotebookClient(notebook, km=kernel, timeout=timeout)
+    client = NotebookClient(notebook, km=kernel, timeout=timeout, startup_timeout=timeout)
     client.execute(cwd=str(QUICKSTART.parent), env=environment, cleanup_kc=True)
 
 

@@ -292,28 +292,29 @@ def test_train_calls_gcloud_twice_and_returns_the_status_of_train_py(cloud):
 
 def test_a_run_outlives_its_connection_until_it_is_stopped(cloud):
     cloud.set_up()
-    process = cloud.popen("train.sh", *WHERE, "--", "--config=c.py", start_new_session=True)
-    assert process.stdout.readline() == "training\n"
-    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130
-    assert "detached; the run goes on" in err
+    for _ in range(2):  # what one run leaves behind must not disturb the next
+        process = cloud.popen("train.sh", *WHERE, "--", "--config=c.py", start_new_session=True)
+        assert process.stdout.readline() == "training\n"
+        os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
+        _, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 130
+        assert "detached; the run goes on" in err
 
-    logs = [each / "clip_jax" / "train.log" for each in cloud.workers]
-    assert cloud.run("train.sh", *WHERE, "--", "--config=c.py")[0] == 1
-    assert cloud.run("setup.sh", *WHERE)[0] == 1
-    assert [each.read_text() for each in logs] == ["training\n"] * 2
+        logs = [each / "clip_jax" / "train.log" for each in cloud.workers]
+        assert cloud.run("train.sh", *WHERE, "--", "--config=c.py")[0] == 1
+        assert cloud.run("setup.sh", *WHERE)[0] == 1
+        assert [each.read_text() for each in logs] == ["training\n"] * 2
 
-    cloud.calls()
-    watching = cloud.popen("train.sh", *WHERE, "--watch")
-    assert watching.stdout.readline() == "training\n"
-    stops = [cloud.popen("train.sh", *WHERE, "--stop") for _ in range(2)]
-    assert [each.wait(PATIENCE) for each in stops] == [0, 0]
-    assert all(each.with_name("train.status").exists() for each in logs)
-    assert watching.wait(PATIENCE) == 143
-    assert [each.read_text() for each in logs] == ["training\nsignals: 1\n"] * 2
-    stop = ssh_call("all", f"{WORKER} stop")
-    assert cloud.calls() == [ssh_call("0", f"{WORKER} watch"), stop, stop]
+        cloud.calls()
+        watching = cloud.popen("train.sh", *WHERE, "--watch")
+        assert watching.stdout.readline() == "training\n"
+        stops = [cloud.popen("train.sh", *WHERE, "--stop") for _ in range(2)]
+        assert [each.wait(PATIENCE) for each in stops] == [0, 0]
+        assert all(each.with_name("train.status").exists() for each in logs)
+        assert watching.wait(PATIENCE) == 143
+        assert [each.read_text() for each in logs] == ["training\nsignals: 1\n"] * 2
+        stop = ssh_call("all", f"{WORKER} stop")
+        assert cloud.calls() == [ssh_call("0", f"{WORKER} watch"), stop, stop]
     status, out, _ = cloud.run("train.sh", *WHERE, "--stop")
     assert (status, out.count("nothing runs")) == (0, 2)
 
@@ -326,6 +327,12 @@ def test_train_needs_setup_on_every_worker(cloud):
     assert (status, len(cloud.calls())) == (1, 1)
     assert "run setup.sh first" in err
     assert "not all workers started" in err
+
+
+def test_watch_before_any_run(cloud):
+    cloud.set_up()
+    status, _, err = cloud.run("train.sh", *WHERE, "--watch")
+    assert (status, "no run was started here" in err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -410,6 +417,7 @@ WRONG = [
     ([*WHERE, "pod"], "unexpected argument 'pod'"),
     ([*WHERE, "--project"], "--project needs a value"),
     ([*WHERE, "--project="], "--project needs a value"),
+    ([*WHERE, "--project", "--dry_run"], "--project needs a value"),
     ([*WHERE, "--dry_run=no"], "unknown option '--dry_run'"),
 ]
 WRONG_FOR_ONE = [

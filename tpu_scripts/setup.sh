@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 archive=$(git rev-parse --git-path clip_jax.tar.gz)
 say "sending $(git log -1 --format='%h %s')"
 if [[ $(git status --porcelain) ]]; then
-  say "warning: uncommitted changes are not sent (see 'git status'); commit them if the run needs them"
+  say "warning: uncommitted changes are not sent; if the run needs them, commit them first"
 fi
 
 run cd "$PWD"  # for whoever pastes the dry run

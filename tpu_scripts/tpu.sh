@@ -36,14 +36,14 @@ parse_options() {
       *) usage_error "unexpected argument '$1'" ;;
     esac
     [[ $options == *" $option "* ]] || usage_error "unknown option '--$option'"
-    [[ $value ]] || usage_error "--$option needs a value"
+    [[ $value && $value != --* ]] || usage_error "--$option needs a value"
     printf -v "$option" %s "$value"
     shift
   done
   [[ $name ]] || usage_error "--name=NAME is missing: the TPU's name, yours to choose"
   [[ $zone ]] || usage_error "--zone=ZONE is missing: where you have TPU quota, such as us-west4-a"
   if [[ ! $dry_run ]] && ! command -v gcloud >/dev/null; then
-    usage_error "gcloud is not on the PATH: install the Google Cloud CLI and run 'gcloud auth login'"
+    usage_error "gcloud is not on the PATH: install the Google Cloud CLI, then 'gcloud auth login'"
   fi
 }
 
@@ -69,7 +69,9 @@ tpu() {
 
 # The state of the queued resource, or nothing if there is none of that name. (`describe` would
 # fail then, and could not be told from a gcloud that failed for another reason.)
-tpu_state() { tpu queued-resources list --filter="name.basename()=$name" --format='value(state.state)'; }
+tpu_state() {
+  tpu queued-resources list --filter="name.basename()=$name" --format='value(state.state)'
+}
 
 # ssh_worker NUMBER|all COMMAND, which starts in the home directory.
 ssh_worker() { tpu tpu-vm ssh "$name" --worker="$1" --command="$2"; }

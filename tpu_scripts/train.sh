@@ -15,8 +15,11 @@ set -euo pipefail
 . "$(dirname "$0")/tpu.sh"
 parse_options "" "watch stop --" "$@"
 worker='bash clip_jax/tpu_scripts/worker.sh'
-[[ ${#rest[@]} -gt 0 || $watch || $stop ]] || usage_error "train.py's arguments are missing: -- --config=..."
-[[ ${#rest[@]} -eq 0 || ! $watch$stop ]] || usage_error "--watch and --stop take no arguments for train.py"
+if [[ $watch$stop ]]; then
+  ((${#rest[@]} == 0)) || usage_error "--watch and --stop take no arguments for train.py"
+else
+  ((${#rest[@]})) || usage_error "train.py's arguments are missing: -- --config=..."
+fi
 
 if [[ $stop ]]; then ssh_worker all "$worker stop"; exit; fi
 
@@ -25,7 +28,7 @@ if [[ ! $watch ]]; then
     die "not all workers started: see above, then --stop those that did"
 fi
 if [[ ! $dry_run ]]; then
-  say "following worker 0; Ctrl-C detaches and does not stop the run (--watch: back to it, --stop: end it)"
+  say "following worker 0: Ctrl-C detaches, the run goes on (--watch: back to it, --stop: end it)"
   trap 'say "detached; the run goes on"; exit 130' INT
 fi
 ssh_worker 0 "$worker watch"

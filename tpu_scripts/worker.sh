@@ -49,7 +49,9 @@ watch() {
 stop() {
   if ! running; then echo "$HOSTNAME: nothing runs"; return; fi
   # mkdir succeeds once only: a second SIGTERM would kill train.py while it saves.
-  if mkdir train.stopping 2>/dev/null; then pkill -TERM -P "$(<train.pid)" || rmdir train.stopping; fi
+  if mkdir train.stopping 2>/dev/null; then
+    pkill -TERM -P "$(<train.pid)" || rmdir train.stopping
+  fi
   timeout 600 tail --pid="$(<train.pid)" -f /dev/null ||
     die "train.py has not ended 10 minutes after SIGTERM"
 }
