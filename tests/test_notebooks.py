@@ -99,16 +99,13 @@ def executed(tmp_path_factory):
     )
     variables = (
         "{'metrics': metrics, 'chance': chance, 'matrices': np.array(matrices).tolist(),"
-        " 'loaded': model.config.to_dict(), 'cpu': __import__('time').process_time()}"
+        " 'loaded': model.config.to_dict()}"
     )
     notebook.cells.append(
         nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({variables}))", id="variables")
     )
     _execute(notebook, directory, timeout=300)
     cells = {cell.id: cell for cell in notebook.cells}
-    print(json.loads(cells["variables"].outputs[0].text)["cpu"], "CPU seconds")
-    if os.environ.get("KEEP_NB"):
-        nbformat.write(notebook, os.environ["KEEP_NB"])
     return cells, json.loads(cells["variables"].outputs[0].text), str(directory / "run")
 
 

@@ -145,7 +145,9 @@ class Cloud:
         return subprocess.Popen(command, env=self.env, cwd=self.root, text=True, **pipes, **options)
 
     def run(self, script: str, *arguments: str, answer: str = "") -> tuple[int, str, str]:
-        process = self.popen(script, *arguments)
+        return self.end(self.popen(script, *arguments), answer)
+
+    def end(self, process: subprocess.Popen, answer: str = "") -> tuple[int, str, str]:
         out, err = process.communicate(answer, PATIENCE)
         return process.returncode, out, err
 
@@ -296,9 +298,8 @@ def test_a_run_outlives_its_connection_until_it_is_stopped(cloud):
         process = cloud.popen("train.sh", *WHERE, "--", "--config=c.py", start_new_session=True)
         assert process.stdout.readline() == "training\n"
         os.killpg(process.pid, signal.SIGINT)  # Ctrl-C
-        _, err = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 130
-        assert "detached; the run goes on" in err
+        status, _, err = cloud.end(process)
+        assert (status, "detached; the run goes on" in err) == (130, True)
 
         logs = [each / "clip_jax" / "train.log" for each in cloud.workers]
         assert cloud.run("train.sh", *WHERE, "--", "--config=c.py")[0] == 1
@@ -309,9 +310,9 @@ def test_a_run_outlives_its_connection_until_it_is_stopped(cloud):
         watching = cloud.popen("train.sh", *WHERE, "--watch")
         assert watching.stdout.readline() == "training\n"
         stops = [cloud.popen("train.sh", *WHERE, "--stop") for _ in range(2)]
-        assert [each.wait(PATIENCE) for each in stops] == [0, 0]
+        assert [cloud.end(each)[0] for each in stops] == [0, 0]
         assert all(each.with_name("train.status").exists() for each in logs)
-        assert watching.wait(PATIENCE) == 143
+        assert cloud.end(watching)[0] == 143
         assert [each.read_text() for each in logs] == ["training\nsignals: 1\n"] * 2
         stop = ssh_call("all", f"{WORKER} stop")
         assert cloud.calls() == [ssh_call("0", f"{WORKER} watch"), stop, stop]
