@@ -1,4 +1,18 @@
-"""TODO"""
+"""A CLIP on two CPU cores: the glyphs of matplotlib's fonts and their Unicode names.
+
+    python train.py --config=configs/quickstart.py
+
+Hardware: two cores of a CPU; no accelerator, no download.
+Time: 8 min 11 s from launch to printed results on two cores that other work was using, too; not
+    yet measured on idle ones. The step alone: 0.13 s.
+Result: zero-shot top-1 40.8 % (40.5, 40.5, 41.5 for seeds 0, 1, 2) and top-5 68.0 % (67.3, 67.9,
+    68.8) among the names of 721 characters never seen in training; chance is 0.14 %.
+
+What made the difference, in trials of one seed: normalising with the data's own mean (4.5 -> 7.3 %
+after 400 steps; white paper must be near zero), crops that cut little (0.8: 33.0 %, 0.9: 38.3 %,
+0.94: 40.5 %), a rate below 2e-3 (5e-3 does not learn), one text layer instead of two (faster and no
+worse). Batches of a single face learn more slowly.
+"""
 
 from clip_jax.config import default_config
 
