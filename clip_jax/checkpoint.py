@@ -191,7 +191,7 @@ def _candidates(path: epath.Path) -> Iterator[epath.Path]:
     """The checkpoint that `path` is, or those below it, newest first."""
     if (path / _DIRECTORY).is_dir():
         path = path / _DIRECTORY
-    if ocp.is_orbax_checkpoint(path):
+    if (path / "params").is_dir():
         yield path
     elif path.is_dir():
         steps = [child for child in path.iterdir() if child.name.isdigit()]

@@ -93,7 +93,7 @@ def small_config(pairs):
     config = default_config()
     config.model.name = "ViT-glyphs"
     config.model.embed_dim = 16
-    config.model.vision.update(image_size=16, width=32, layers=2)
+    config.model.vision.update(image_size=16, patch_size=8, width=32, layers=2)
     config.model.text.update(width=32, layers=1, context_length=12, vocab_size=49408)
     config.data.train = pairs
     config.data.streams = 2
