@@ -1,6 +1,7 @@
 """Settings of the whole test run: eight CPU devices, and public signatures checked as they run."""
 
 import os
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,6 +21,10 @@ import jax
 import pytest
 import tensorflow as tf
 from jaxtyping import install_import_hook
+
+# What a shell starts in the background ignores Ctrl-C, and so would the programs that the tests
+# start and interrupt; a signal that has a handler here has its default action there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The hook below hides the source from AutoGraph, which would say so for every function; none of
 # ours needs it.
