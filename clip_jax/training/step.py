@@ -42,7 +42,7 @@ def make_train_step(
         mesh: the axes `BATCH_AXES` split the batch.
     """
     global_loss = jax.shard_map(
-        lambda image, text, scale: softmax_loss(image, text, scale, BATCH_AXES),
+        lambda image, text, scale: softmax_loss(image, text, scale, axis_names=BATCH_AXES),
         mesh=mesh,
         in_specs=(BATCH_SPEC, BATCH_SPEC, PartitionSpec()),
         out_specs=PartitionSpec(),
