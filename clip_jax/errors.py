@@ -19,3 +19,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is not there, cannot be read, or belongs to something else."""
+
+
+class WeightsError(UserError):
+    """Published weights that cannot be had, read, or brought into a form."""

@@ -5,7 +5,7 @@ normalised float32; the data pipeline ships uint8 and the jitted step calls `nor
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,27 +15,45 @@ from PIL import Image
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+ResizeMode = Literal["shortest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """OpenAI's evaluation transform.
+    """The evaluation transform of a model; the defaults are OpenAI's.
 
-    Short side to `size` by antialiased bicubic interpolation, centre crop, RGB, [0, 1],
-    normalised by `mean` and `std`.
+    Attributes:
+        size: of the square, in pixels.
+        mean: of the pixels in [0, 1], by channel; they are subtracted.
+        std: likewise; divided by.
+        resize_mode: "shortest" brings the short side to `size` and cuts out the centre (OpenAI's),
+            "squash" brings both sides to `size` (SigLIP's).
+        interpolation: antialiased, as Pillow does it.
     """
 
     size: int
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
+    resize_mode: ResizeMode = "shortest"
+    interpolation: Interpolation = "bicubic"
 
     def resize(self, image: Image.Image) -> UInt8[np.ndarray, "size size 3"]:
         """A PIL picture of any size and mode -> square RGB pixels.
 
-        As the released code does, EXIF rotation is not applied and a palette is resized as such.
+        As the released code does, EXIF rotation is not applied, and the picture becomes RGB after
+        it is resized: a palette is resized as such, and 16 bits are clipped to 8.
         """
+        if self.resize_mode == "squash":
+            image = image.resize((self.size, self.size), _FILTERS[self.interpolation])
+            return np.asarray(image.convert("RGB"))
         short = min(image.size)
         width, height = (int(self.size * side / short) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), _FILTERS[self.interpolation])
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         image = image.crop((left, top, left + self.size, top + self.size))
         return np.asarray(image.convert("RGB"))
@@ -56,5 +74,6 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocess":
-        """The inverse of `to_dict`."""
-        return cls(size=values["size"], mean=tuple(values["mean"]), std=tuple(values["std"]))
+        """The inverse of `to_dict`; fields that an older card lacks take their defaults."""
+        tuples = {"mean": tuple(values["mean"]), "std": tuple(values["std"])}
+        return cls(**values | tuples)

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,5 +42,29 @@ def test_host_and_device_normalise_alike():
 
 
 def test_the_plain_form_keeps_everything():
-    preprocess = Preprocess(40, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    assert Preprocess.from_dict(preprocess.to_dict()) == preprocess
+    preprocess = Preprocess(
+        40,
+        mean=(0.1, 0.2, 0.3),
+        std=(0.5, 0.6, 0.7),
+        resize_mode="squash",
+        interpolation="bilinear",
+    )
+    plain = json.loads(json.dumps(preprocess.to_dict()))
+    assert Preprocess.from_dict(plain) == preprocess
+
+
+def test_cards_of_before_the_resize_modes_mean_the_released_transform():
+    old = {"size": 40, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    expected = Preprocess(40, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "shortest", "bicubic")
+    assert Preprocess.from_dict(old) == expected
+
+
+def test_squashing_keeps_all_of_the_picture():
+    ramp = np.broadcast_to(np.linspace(0, 255, 400)[None, :, None], (200, 400, 3))
+    image = Image.fromarray(ramp.astype(np.uint8))
+    squashed = Preprocess(100, resize_mode="squash").resize(image)
+    np.testing.assert_allclose(squashed[:, 0], 0, atol=2)
+    np.testing.assert_allclose(squashed[:, -1], 255, atol=2)
+    bilinear = Preprocess(100, resize_mode="squash", interpolation="bilinear").resize(image)
+    expected = np.asarray(image.resize((100, 100), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(bilinear, expected)

@@ -18,6 +18,7 @@ from clip_jax.data.batch import Batch
 from clip_jax.data.order import Order, find_unreadable_shard, fold_in, ordered_records
 from clip_jax.data.sources import Source
 from clip_jax.errors import DataError
+from clip_jax.preprocess import Preprocess
 from clip_jax.tokenizer import tokenize
 
 T = TypeVar("T")
@@ -115,7 +116,7 @@ def _reason(error: tf.errors.OpError) -> str:
     return re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message.splitlines()[0]).strip(" .")
 
 
-def eval_batches(source: Source, image_size: int, batch_size: int) -> Iterator[EvalBatch]:
+def eval_batches(source: Source, preprocess: Preprocess, batch_size: int) -> Iterator[EvalBatch]:
     """Every example once, in order, through the evaluation transform.
 
     The hosts share out the examples; all of them get the same number of batches of
@@ -130,8 +131,7 @@ def eval_batches(source: Source, image_size: int, batch_size: int) -> Iterator[E
     rows_per_host = batch_size // hosts
 
     def to_row(features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        pixels = images.decode(features.pop("image"))
-        return features | {"image": images.resize_and_center_crop(pixels, image_size)}
+        return features | {"image": images.evaluation_pixels(features.pop("image"), preprocess)}
 
     records = tf.data.Dataset.from_generator(
         lambda: iter(source.shards),

@@ -74,7 +74,7 @@ def embed_dataset(
     """Unit-length embeddings of every example once; the padding of the last batch is left out."""
     batch_size = _round_up(batch_size, batch_divisor(mesh))
     image, text, label = [], [], []
-    for batch in eval_batches(source, preprocess.size, batch_size):
+    for batch in eval_batches(source, preprocess, batch_size):
         valid = _gather(batch.valid)
         image.append(embed_images(model, preprocess, batch.image, mesh)[valid])
         if "caption" in batch.features:

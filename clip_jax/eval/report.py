@@ -52,7 +52,7 @@ def _example_figures(name: str, result: Result, config: ConfigDict) -> dict[str,
     dataset = eval_dataset(name)
     source = open_source(dataset.source, config.data)
     batch_size = config.eval.batch_size
-    batch = next(eval_batches(source, result.preprocess.size, batch_size))
+    batch = next(eval_batches(source, result.preprocess, batch_size))
     model, mesh = result.model, result.mesh
     image = embed_images(model, result.preprocess, batch.image, mesh)
     figures = {}
