@@ -23,7 +23,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Of all devices together."
 _OUT = flags.DEFINE_string(
     "out", None, "Results, one JSON object a line; default: standard output."
 )
-flags.FLAGS.set_default("verbosity", logging.WARNING)
+flags.FLAGS.verbosity = logging.WARNING
 flags.mark_flags_as_required(["model", "dataset"])
 
 

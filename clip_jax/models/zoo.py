@@ -22,7 +22,7 @@ MODELS: dict[str, CLIPConfig] = {
     "ViT-glyphs": CLIPConfig(
         128,
         ViTConfig(image_size=48, patch_size=16, width=128, layers=4, heads=4),
-        TextConfig(width=128, heads=4, layers=1, context_length=24),
+        TextConfig(width=128, heads=4, layers=1, context_length=20),
     ),
 }
 
