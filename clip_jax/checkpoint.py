@@ -1,6 +1,7 @@
 """Checkpoints by Orbax: asynchronous, atomic, and self-describing.
 
 WORKDIR/checkpoints/STEP/    params       the weights alone, so that a reader needs no optimizer
+                             batch_stats  BatchNorm's running statistics, where the model has any
                              optimizer    the rest of the train state, the step included
                              metadata     the model card and the data order, as JSON
 """
@@ -80,13 +81,13 @@ class Checkpoints:
         """Starts to write; returns once the arrays are copied. Waits for the save before it.
 
         Args:
-            state: a train state: a NamedTuple with `step` and `params`.
+            state: a train state: a NamedTuple with `step`, `params` and `batch_stats`.
             card: of the model.
             order: where the data stands.
         """
         self._checkpointer.save_checkpointables_async(
             int(state.step),
-            {"params": state.params, "optimizer": _without_params(state)},
+            _parts(state),
             force=True,
             custom_metadata={"card": card.to_dict(), "order": order},
         )
@@ -112,9 +113,7 @@ class Checkpoints:
             try:
                 metadata = _read_metadata(path)
                 _check_same_model(ModelCard.from_dict(metadata["card"]), card, path)
-                arrays = ocp.load_checkpointables(
-                    path, {"params": target.params, "optimizer": _without_params(target)}
-                )
+                arrays = ocp.load_checkpointables(path, _parts(target))
             except CheckpointError:
                 raise
             except Exception as error:  # whatever Orbax meets in a damaged directory
@@ -123,8 +122,8 @@ class Checkpoints:
                 continue
             for damaged in unreadable:
                 self._set_aside(damaged)
-            state = type(target)(params=arrays["params"], **arrays["optimizer"])
-            return state, metadata["order"]
+            optimizer = arrays.pop("optimizer")
+            return target._replace(**arrays, **optimizer), metadata["order"]
         if unreadable:
             raise CheckpointError(
                 "no checkpoint can be read; restore them from a copy, or train into another "
@@ -148,14 +147,15 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def load_params(path: epath.PathLike) -> tuple[ModelCard, Any]:
+def load_params(path: epath.PathLike) -> tuple[ModelCard, Any, Any]:
     """The weights of the newest readable checkpoint, on the default device.
 
     Args:
         path: a workdir, its `checkpoints` directory, or one checkpoint in it.
 
     Returns:
-        The model card, and the parameters as nested dicts of float32 arrays.
+        The model card, and the parameters and BatchNorm's running statistics ({} where the model
+        has none), both as nested dicts of float32 arrays.
 
     Raises:
         CheckpointError: no checkpoint there, or none that can be read.
@@ -164,9 +164,10 @@ def load_params(path: epath.PathLike) -> tuple[ModelCard, Any]:
     for candidate in _candidates(epath.Path(path)):
         try:
             card = ModelCard.from_dict(_read_metadata(candidate)["card"])
-            shapes = ocp.metadata(candidate, "params").metadata
-            abstract = jax.tree.map(_on_default_device, shapes)
-            return card, ocp.load_checkpointables(candidate, {"params": abstract})["params"]
+            held = ocp.checkpointables_metadata(candidate).metadata
+            wanted = {name: held[name] for name in ("params", "batch_stats") if name in held}
+            arrays = ocp.load_checkpointables(candidate, jax.tree.map(_on_default_device, wanted))
+            return card, arrays["params"], arrays.get("batch_stats", {})
         except Exception as error:  # whatever Orbax meets in a damaged directory
             logging.error("checkpoint %s cannot be read (%s)", candidate, _first_line(error))
             failures.append(f"{candidate}: {_first_line(error)}")
@@ -183,8 +184,11 @@ def _on_default_device(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 
 
-def _without_params(state: Any) -> dict[str, Any]:
-    return {name: part for name, part in state._asdict().items() if name != "params"}
+def _parts(state: Any) -> dict[str, Any]:
+    """The train state as it is stored; Orbax stores no empty tree."""
+    optimizer = state._asdict()
+    parts = {name: optimizer.pop(name) for name in ("params", "batch_stats")}
+    return {name: part for name, part in parts.items() if part} | {"optimizer": optimizer}
 
 
 def _candidates(path: epath.Path) -> Iterator[epath.Path]:

@@ -12,15 +12,24 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_dict
 
-from clip_jax.models import CLIPConfig, TextConfig, ViTConfig, model_config
+from clip_jax.errors import ConfigError
+from clip_jax.models import CLIPConfig, ResNetConfig, TextConfig, ViTConfig, model_config
 from clip_jax.preprocess import MEAN, STD
 
 
-def _overrides(architecture: type) -> dict[str, Any]:
-    """A placeholder for each field of an architecture: None stands for the named model's value."""
+def _overrides(*architectures: type) -> dict[str, Any]:
+    """A placeholder for each field of an architecture: None stands for the named model's value.
+
+    The tower's kind is no field to set: it is the named model's.
+    """
+    types: dict[str, set[type]] = {}
+    for field in (field for each in architectures for field in dataclasses.fields(each)):
+        kind = field.type if isinstance(field.type, type) else str
+        types.setdefault(field.name, set()).add(kind)
     return {
-        field.name: config_dict.placeholder(field.type if isinstance(field.type, type) else str)
-        for field in dataclasses.fields(architecture)
+        name: config_dict.placeholder(kinds.pop() if len(kinds) == 1 else object)
+        for name, kinds in types.items()
+        if name != "tower"
     }
 
 
@@ -32,8 +41,11 @@ def default_config() -> ConfigDict:
             "model": {
                 "name": "ViT-B/32",  # one of clip_jax.available_models()
                 "embed_dim": config_dict.placeholder(int),  # None: as the named model has it
-                "vision": _overrides(ViTConfig),
+                # None, likewise; the fields of `models.ViTConfig` or `models.ResNetConfig`, and
+                # of `models.TextConfig`.
+                "vision": _overrides(ViTConfig, ResNetConfig),
                 "text": _overrides(TextConfig),
+                "logit_bias": config_dict.placeholder(bool),
             },
             "data": {
                 # "tfds:NAME:SPLIT", or TFRecord shards: a path, a brace pattern, several of them
@@ -67,6 +79,9 @@ def default_config() -> ConfigDict:
                 "beta2": 0.98,
                 "eps": 1e-6,
                 "weight_decay": 0.2,
+                # Regular expressions; parameters in whose path one is found stay as they are:
+                # ("^visual/",) is LiT. BatchNorm among them keeps its running statistics.
+                "frozen": (),
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # -1: all devices that are left
             "checkpoint": {"every": 1_000, "keep": 3},
@@ -84,17 +99,25 @@ def architecture(config: ConfigDict) -> CLIPConfig:
     """The `model` section as an architecture: the named model, changed where a value is given.
 
     Raises:
-        ConfigError: no model of that name.
+        ConfigError: no model of that name, or a field that its towers do not have.
     """
     base = model_config(config.name)
 
-    def given(section: ConfigDict) -> dict[str, Any]:
-        return {key: value for key, value in section.items() if value is not None}
+    def changed(tower: Any, part: str) -> Any:
+        given = {key: value for key, value in config[part].items() if value is not None}
+        fields = [field.name for field in dataclasses.fields(tower)]
+        for key in given:
+            if key not in fields:
+                raise ConfigError(
+                    f"model.{part}.{key}: {config.name} has no such field, only {', '.join(fields)}"
+                )
+        return dataclasses.replace(tower, **given)
 
     return CLIPConfig(
-        embed_dim=config.embed_dim or base.embed_dim,
-        vision=dataclasses.replace(base.vision, **given(config.vision)),
-        text=dataclasses.replace(base.text, **given(config.text)),
+        embed_dim=base.embed_dim if config.embed_dim is None else config.embed_dim,
+        vision=changed(base.vision, "vision"),
+        text=changed(base.text, "text"),
+        logit_bias=base.logit_bias if config.logit_bias is None else config.logit_bias,
     )
 
 

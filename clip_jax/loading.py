@@ -29,6 +29,6 @@ def load(source: epath.PathLike, dtype: Any = jnp.float32) -> tuple[CLIP, Prepro
     Raises:
         CheckpointError: no checkpoint there, or none that can be read.
     """
-    card, params = load_params(source)
+    card, params, batch_stats = load_params(source)
     model = nnx.eval_shape(lambda: CLIP(card.model, dtype=dtype, rngs=nnx.Rngs(0)))
-    return nnx.merge(nnx.graphdef(model), params), card.preprocess
+    return nnx.merge(nnx.graphdef(model), params, batch_stats), card.preprocess

@@ -1,5 +1,7 @@
 """Optimizer and schedule of the paper (section 2.5)."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ from ml_collections import ConfigDict
 from clip_jax.errors import ConfigError
 
 # Gains and biases: the parameters that the paper does not decay.
-NOT_DECAYED = ("scale", "bias", "logit_scale")
+NOT_DECAYED = ("scale", "bias", "projection_bias", "logit_scale", "logit_bias")
 
 
 def learning_rate_schedule(peak_lr: float, warmup_steps: int, steps: int) -> optax.Schedule:
@@ -35,14 +37,29 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
-def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with decoupled, masked weight decay.
+def frozen_mask(tree: Any, patterns: Sequence[str]) -> Any:
+    """True for every leaf whose path, such as visual/stem/conv1/kernel, a pattern is found in.
 
     Args:
-        config: the `optim` section: beta1, beta2, eps, weight_decay.
+        tree: parameters, or the running statistics of BatchNorm, which have the same paths.
+        patterns: regular expressions.
+    """
+
+    def frozen(path: Any, _: Any) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return any(re.search(pattern, name) for pattern in patterns)
+
+    return jax.tree_util.tree_map_with_path(frozen, tree)
+
+
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW with decoupled, masked weight decay; frozen parameters have no moments.
+
+    Args:
+        config: the `optim` section: beta1, beta2, eps, weight_decay, frozen.
         schedule: step -> learning rate.
     """
-    return optax.adamw(
+    adamw = optax.adamw(
         schedule,
         b1=config.beta1,
         b2=config.beta2,
@@ -50,3 +67,11 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
+    if not config.frozen:
+        return adamw
+
+    def labels(params: Any) -> Any:
+        mask = frozen_mask(params, config.frozen)
+        return jax.tree.map(lambda stays: "frozen" if stays else "trained", mask)
+
+    return optax.partition({"frozen": optax.set_to_zero(), "trained": adamw}, labels)

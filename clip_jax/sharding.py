@@ -22,7 +22,7 @@ BATCH_SPEC = PartitionSpec(BATCH_AXES)
 P = PartitionSpec
 # The first rule whose pattern is found in an array's path decides. Stacked blocks have a leading
 # axis of layers, which is never split. A moment has its parameter's path as its tail, so it lies
-# as its parameter does.
+# as its parameter does. A ResNet's first convolutions are small, and narrower than a large fsdp.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"blocks/attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor", None)),  # L D K H
     (r"blocks/attention/(query|key|value)/bias$", P(None, "tensor", None)),  # L K H
@@ -31,12 +31,25 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"blocks/mlp/up/bias$", P(None, "tensor")),  # L F
     (r"blocks/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # L F D
     (r"blocks/(attention/out|mlp/down)/bias$", P()),
-    (r"ln_\w+/(scale|bias)$", P()),
+    (r"pool/(attention/)?(query|key|value)/kernel$", P("fsdp", "tensor", None)),  # D K H
+    (r"pool/(attention/)?(query|key|value)/bias$", P("tensor", None)),  # K H
+    (r"pool/(attention/)?out/kernel$", P("tensor", None, "fsdp")),  # K H E
+    (r"pool/mlp/up/kernel$", P("fsdp", "tensor")),  # D F
+    (r"pool/mlp/up/bias$", P("tensor")),  # F
+    (r"pool/mlp/down/kernel$", P("tensor", "fsdp")),  # F D
+    (r"pool/((attention/)?out|mlp/down)/bias$", P()),
+    (r"pool/probe$", P()),
+    (r"(stem|stage1)/.*conv\d?/kernel$", P()),
+    (r"first/\w*conv\d?/kernel$", P(None, None, None, "fsdp")),  # 1 1 I O, 3 3 I O
+    (r"rest/conv\d/kernel$", P(None, None, None, None, "fsdp")),  # L 1 1 I O, L 3 3 I O
+    (r"bn\d?/(scale|bias|mean|var)$", P()),
+    (r"(^|/)ln(_\w+)?/(scale|bias)$", P()),
     (r"patch_embedding/kernel$", P(None, "fsdp")),  # P D
+    (r"patch_embedding/bias$", P()),
     (r"(token|position)_embedding$", P(None, "fsdp")),  # V D, T D
     (r"(visual|text)/projection$", P("fsdp", None)),  # D E
-    (r"class_embedding$", P()),
-    (r"(^|/)(step|count|logit_scale)$", P()),
+    (r"(class_embedding|projection_bias)$", P()),
+    (r"(^|/)(step|count|logit_scale|logit_bias)$", P()),
 )
 
 

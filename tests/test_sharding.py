@@ -30,15 +30,20 @@ def specs(tree):
 @pytest.mark.parametrize("name", available_models())
 def test_every_array_of_every_model_has_a_place_and_its_moments_lie_with_it(name):
     mesh = make_mesh(config(2, 2, 2))
-    _, params = abstract_model(model_config(name))
-    state = abstract_state(params, OPTIMIZER, mesh)
+    state = abstract_state(abstract_model(model_config(name)), OPTIMIZER, mesh)
     placed = specs(state.params)
     for moment in (state.opt_state[0].mu, state.opt_state[0].nu):
         assert specs(moment) == placed
     # What is large is split: the big matrices along both model axes.
-    kernel = "visual/transformer/blocks/attention/query/kernel"
-    assert placed[kernel] == P(None, "fsdp", "tensor", None)
-    assert placed["text/transformer/blocks/mlp/down/kernel"] == P(None, "tensor", "fsdp")
+    large = {
+        "visual/transformer/blocks/attention/query/kernel": P(None, "fsdp", "tensor", None),
+        "text/transformer/blocks/mlp/down/kernel": P(None, "tensor", "fsdp"),
+        "visual/stage4/first/conv2/kernel": P(None, None, None, "fsdp"),
+        "visual/stage4/rest/conv2/kernel": P(None, None, None, None, "fsdp"),
+        "visual/pool/query/kernel": P("fsdp", "tensor", None),
+    }
+    assert large.items() & placed.items() == {k: v for k, v in large.items() if k in placed}.items()
+    assert all(spec == P() for spec in specs(state.batch_stats).values())
     whole = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     held = sum(
         np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state.params)

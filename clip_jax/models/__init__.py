@@ -1,16 +1,23 @@
 """Single-device descriptions of the models; nothing here knows of a mesh."""
 
 from clip_jax.models.clip import CLIP, CLIPConfig, l2_normalize
+from clip_jax.models.layers import Training
+from clip_jax.models.positions import resize_positions
+from clip_jax.models.resnet import ResNetConfig
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
-from clip_jax.models.zoo import available_models, model_config
+from clip_jax.models.zoo import available_models, create_model, model_config
 
 __all__ = [
     "CLIP",
     "CLIPConfig",
+    "ResNetConfig",
     "TextConfig",
+    "Training",
     "ViTConfig",
     "available_models",
+    "create_model",
     "l2_normalize",
     "model_config",
+    "resize_positions",
 ]

@@ -1,6 +1,6 @@
-"""The transformer both towers are made of.
+"""Layers that the towers share.
 
-Axis letters: B batch, T tokens, D width, K heads, H head width, F MLP width, L layers.
+Axis letters: B batch, T tokens, S queries, D width, K heads, H head width, F MLP width.
 """
 
 import math
@@ -9,16 +9,30 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
-from clip_jax.errors import ConfigError
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
-Remat = Literal["none", "dots", "full"]
-Activation = Literal["quick_gelu", "gelu"]
 
-LAYER_NORM_EPSILON = 1e-5
+class Training(NamedTuple):
+    """Marks a forward pass of training, and carries what it needs beside its input.
+
+    In such a pass BatchNorm normalises by the batch and moves its running statistics (in place, as
+    `nnx.BatchStat`), and patch dropout drops; without it nothing is random and nothing changes.
+
+    Attributes:
+        image_keys: [B], a random key for each image, so that what is dropped depends neither on how
+            the batch is split nor on its order. Only patch dropout reads them.
+        axis_names: inside `jax.shard_map`, the mesh axes that split the batch: statistics are then
+            those of the whole batch. Under a plain `jax.jit` a mean over the batch is global
+            already, and there are none to name.
+    """
+
+    image_keys: Array | None = None
+    axis_names: tuple[str, ...] = ()
 
 
 def quick_gelu(x: Array) -> Array:
@@ -29,12 +43,22 @@ def quick_gelu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+
+def check_images(images_BHWC: Array | np.ndarray, size: int) -> Array:
+    """The images as a JAX array.
+
+    Raises:
+        ValueError: they are not [B, size, size, 3].
+    """
+    if images_BHWC.shape[1:] != (size, size, 3):
+        raise ValueError(
+            f"expected images of shape [B, {size}, {size}, 3], got {images_BHWC.shape}; "
+            "resize them with the model's preprocess"
+        )
+    return jnp.asarray(images_BHWC)
 
 
 def symmetric_uniform(bound: float) -> Initializer:
@@ -47,50 +71,32 @@ def symmetric_uniform(bound: float) -> Initializer:
     return init
 
 
-class BlockInit(NamedTuple):
-    """How the weights of one residual block start; the biases of attention start at zero."""
+zeros, normal = jax.nn.initializers.zeros, jax.nn.initializers.normal
 
-    attention_in: Initializer
-    attention_out: Initializer
-    mlp_up: Initializer
-    mlp_up_bias: Initializer
-    mlp_down: Initializer
-    mlp_down_bias: Initializer
 
-    @classmethod
-    def torch_default(cls, width: int, mlp_width: int) -> "BlockInit":
-        """What torch gives its layers, which the released code leaves in the image tower."""
-        fan_width, fan_mlp = width**-0.5, mlp_width**-0.5
-        return cls(
-            attention_in=symmetric_uniform((6 / (4 * width)) ** 0.5),  # Xavier on [3D, D]
-            attention_out=symmetric_uniform(fan_width),
-            mlp_up=symmetric_uniform(fan_width),
-            mlp_up_bias=symmetric_uniform(fan_width),
-            mlp_down=symmetric_uniform(fan_mlp),
-            mlp_down_bias=symmetric_uniform(fan_mlp),
-        )
+class AttentionInit(NamedTuple):
+    """How the weights of an attention start: query, key and value; out; and all four biases."""
 
-    @classmethod
-    def scaled_normal(cls, width: int, mlp_width: int, layers: int) -> "BlockInit":
-        """The text tower's: residual branches shrink with the depth (released code)."""
-        normal = jax.nn.initializers.normal
-        residual = width**-0.5 * (2 * layers) ** -0.5
-        return cls(
-            attention_in=normal(width**-0.5),
-            attention_out=normal(residual),
-            mlp_up=normal((2 * width) ** -0.5),
-            mlp_up_bias=symmetric_uniform(width**-0.5),
-            mlp_down=normal(residual),
-            mlp_down_bias=symmetric_uniform(mlp_width**-0.5),
-        )
+    kernel_in: Initializer
+    kernel_out: Initializer
+    bias: Initializer = zeros
+
+
+class MLPInit(NamedTuple):
+    """How the weights of an MLP start."""
+
+    up: Initializer
+    up_bias: Initializer
+    down: Initializer
+    down_bias: Initializer
 
 
 class LayerNorm(nnx.LayerNorm):
     """Layer normalisation computed in float32, returned in the input's dtype."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, epsilon: float, *, rngs: nnx.Rngs):
         super().__init__(
-            width, epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
+            width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
         )
 
     def __call__(self, x: Float[Array, "*batch D"], **kwargs: Any) -> Float[Array, "*batch D"]:
@@ -110,7 +116,7 @@ class Dense(nnx.Module):
         out_shape: tuple[int, ...],
         *,
         kernel_init: Initializer,
-        bias_init: Initializer | None = jax.nn.initializers.zeros,
+        bias_init: Initializer | None = zeros,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -128,23 +134,51 @@ class Dense(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention, the heads an axis of their own so that they can be sharded."""
+    """Multi-head attention, the heads an axis of their own so that they can be sharded.
+
+    Args:
+        width: D, which `heads` divides.
+        heads: K.
+        out_width: E, of the result; None: D.
+        causal: no token attends to a later one.
+    """
 
     def __init__(
-        self, width: int, heads: int, *, causal: bool, init: BlockInit, dtype, rngs: nnx.Rngs
+        self,
+        width: int,
+        heads: int,
+        *,
+        init: AttentionInit,
+        out_width: int | None = None,
+        causal: bool = False,
+        dtype,
+        rngs: nnx.Rngs,
     ):
         self.causal = causal
         split = (heads, width // heads)
 
-        def project_in() -> Dense:
-            return Dense((width,), split, kernel_init=init.attention_in, dtype=dtype, rngs=rngs)
+        def dense(in_shape: tuple[int, ...], out_shape: tuple[int, ...], kernel_init) -> Dense:
+            return Dense(
+                in_shape,
+                out_shape,
+                kernel_init=kernel_init,
+                bias_init=init.bias,
+                dtype=dtype,
+                rngs=rngs,
+            )
 
-        self.query, self.key, self.value = project_in(), project_in(), project_in()
-        self.out = Dense(split, (width,), kernel_init=init.attention_out, dtype=dtype, rngs=rngs)
+        self.query, self.key, self.value = (
+            dense((width,), split, init.kernel_in) for _ in range(3)
+        )
+        self.out = dense(split, (out_width or width,), init.kernel_out)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        q_BTKH, k_BTKH, v_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
-        return self.out(jax.nn.dot_product_attention(q_BTKH, k_BTKH, v_BTKH, is_causal=self.causal))
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], queries_BSD: Float[Array, "B S D"] | None = None
+    ) -> Float[Array, "B S E"]:
+        """What the queries find among the tokens; without queries the tokens ask themselves."""
+        q_BSKH = self.query(x_BTD if queries_BSD is None else queries_BSD)
+        k_BTKH, v_BTKH = self.key(x_BTD), self.value(x_BTD)
+        return self.out(jax.nn.dot_product_attention(q_BSKH, k_BTKH, v_BTKH, is_causal=self.causal))
 
 
 class MLP(nnx.Module):
@@ -156,7 +190,7 @@ class MLP(nnx.Module):
         mlp_width: int,
         *,
         activation: Activation,
-        init: BlockInit,
+        init: MLPInit,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -164,106 +198,19 @@ class MLP(nnx.Module):
         self.up = Dense(
             (width,),
             (mlp_width,),
-            kernel_init=init.mlp_up,
-            bias_init=init.mlp_up_bias,
+            kernel_init=init.up,
+            bias_init=init.up_bias,
             dtype=dtype,
             rngs=rngs,
         )
         self.down = Dense(
             (mlp_width,),
             (width,),
-            kernel_init=init.mlp_down,
-            bias_init=init.mlp_down_bias,
+            kernel_init=init.down,
+            bias_init=init.down_bias,
             dtype=dtype,
             rngs=rngs,
         )
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
-
-
-class Block(nnx.Module):
-    """Pre-LN residual block: x + attention(ln_1 x), then x + mlp(ln_2 x)."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_width: int,
-        *,
-        activation: Activation,
-        causal: bool,
-        init: BlockInit,
-        dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.ln_1 = LayerNorm(width, rngs=rngs)
-        self.attention = Attention(width, heads, causal=causal, init=init, dtype=dtype, rngs=rngs)
-        self.ln_2 = LayerNorm(width, rngs=rngs)
-        self.mlp = MLP(width, mlp_width, activation=activation, init=init, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x = x + self.attention(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
-
-
-class Transformer(nnx.Module):
-    """L blocks in one stack: every parameter has a leading axis L, and a scan runs over it.
-
-    Args:
-        width: D; `heads` must divide it.
-        layers: L.
-        remat: what the backward pass recomputes: "none"; "dots" keeps the matmul outputs;
-            "full" keeps only the blocks' inputs.
-        unroll: layers in one turn of the loop. More compile longer; on the CPU they run faster
-            (1.6 times for the quickstart's four layers), on accelerators it matters little.
-
-    Raises:
-        ConfigError: the heads do not divide the width, or an unknown `remat`.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_width: int,
-        *,
-        activation: Activation,
-        causal: bool,
-        init: BlockInit,
-        dtype,
-        remat: Remat,
-        unroll: int,
-        rngs: nnx.Rngs,
-    ):
-        if width % heads:
-            raise ConfigError(f"{heads} heads do not divide the width {width}")
-        if remat not in ("none", *REMAT_POLICIES):
-            raise ConfigError(f"remat {remat!r}: choose one of none, {', '.join(REMAT_POLICIES)}")
-        self.remat = remat
-        self.unroll = min(unroll, layers)
-
-        @nnx.split_rngs(splits=layers)
-        @nnx.vmap
-        def create_blocks(rngs: nnx.Rngs) -> Block:
-            return Block(
-                width,
-                heads,
-                mlp_width,
-                activation=activation,
-                causal=causal,
-                init=init,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
-        self.blocks = create_blocks(rngs)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        def layer(x, block):
-            return block(x), None
-
-        if self.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(layer, x, self.blocks, unroll=self.unroll)[0]

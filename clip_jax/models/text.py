@@ -1,19 +1,28 @@
-"""The text tower: a causal transformer read at the end-of-text token (paper, section 2.4)."""
+"""The text tower: a transformer read at the end of the text (paper, section 2.4)."""
 
 import dataclasses
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from clip_jax.models.layers import Activation, BlockInit, LayerNorm, Remat, Transformer
+from clip_jax.models.layers import Activation, LayerNorm, normal, symmetric_uniform
+from clip_jax.models.transformer import BlockInit, BlockSpec, Remat, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Architecture of the text tower."""
+    """Architecture of the text tower.
+
+    Attributes:
+        pool: the token that stands for the text: "eot", the one with the largest id, which is the
+            end of text in CLIP's vocabulary, or "last", the last of the context (SigLIP).
+        causal: no token attends to a later one.
+        projection: a matrix leads from the width to the embedding; without it they are equal.
+        projection_bias: with a bias.
+    """
 
     width: int
     heads: int
@@ -22,6 +31,11 @@ class TextConfig:
     vocab_size: int = 49408
     mlp_ratio: float = 4.0
     activation: Activation = "quick_gelu"
+    pool: Literal["eot", "last"] = "eot"
+    causal: bool = True
+    projection: bool = True
+    projection_bias: bool = False
+    norm_epsilon: float = 1e-5
 
 
 class TextTransformer(nnx.Module):
@@ -32,41 +46,73 @@ class TextTransformer(nnx.Module):
         config: TextConfig,
         embed_dim: int,
         *,
-        dtype,
+        dtype: Any,
         remat: Remat,
         unroll: int,
         rngs: nnx.Rngs,
     ):
         width, mlp_width = config.width, int(config.width * config.mlp_ratio)
-        normal = jax.nn.initializers.normal
         self.config = config
         self.dtype = dtype
         self.token_embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, width)))
         self.position_embedding = nnx.Param(
             normal(0.01)(rngs.params(), (config.context_length, width))
         )
-        self.transformer = Transformer(
+        spec = BlockSpec(
             width,
-            config.layers,
             config.heads,
             mlp_width,
             activation=config.activation,
-            causal=True,
+            norm_epsilon=config.norm_epsilon,
             init=BlockInit.scaled_normal(width, mlp_width, config.layers),
-            dtype=dtype,
-            remat=remat,
-            unroll=unroll,
-            rngs=rngs,
+            causal=config.causal,
         )
-        self.ln_final = LayerNorm(width, rngs=rngs)
-        self.projection = nnx.Param(normal(width**-0.5)(rngs.params(), (width, embed_dim)))
+        self.transformer = Transformer(
+            spec, config.layers, dtype=dtype, remat=remat, unroll=unroll, rngs=rngs
+        )
+        self.ln_final = LayerNorm(width, config.norm_epsilon, rngs=rngs)
+        if config.projection:
+            self.projection = nnx.Param(normal(width**-0.5)(rngs.params(), (width, embed_dim)))
+        if config.projection_bias:
+            bias = symmetric_uniform(width**-0.5)
+            self.projection_bias = nnx.Param(bias(rngs.params(), (embed_dim,)))
 
     def __call__(self, tokens_BT: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B E"]:
         """Ids with zero padding -> embeddings in the compute dtype, not of unit length.
 
         The feature is read at the largest id, which is end-of-text; attention is causal, so the
-        padding after it changes nothing. T may be shorter than the context, not longer.
+        padding after it changes nothing. T may be shorter than the context, not longer; read at the
+        last token, it must be the context.
         """
+        x_BE = self.pooled(tokens_BT)
+        if self.config.projection:
+            x_BE = x_BE @ self.projection.astype(self.dtype)
+        if self.config.projection_bias:
+            x_BE = x_BE + self.projection_bias.astype(self.dtype)
+        return x_BE
+
+    def pooled(self, tokens_BT: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B D"]:
+        """The feature of each text before the projection."""
+        x_BTD = self.features(tokens_BT)
+        if self.config.pool == "last":
+            if tokens_BT.shape[1] != self.config.context_length:
+                raise ValueError(
+                    f"this model reads a text at its last token: expected texts padded to "
+                    f"{self.config.context_length} tokens, got {tokens_BT.shape[1]}"
+                )
+            x_BD = x_BTD[:, -1]
+        else:
+            end_B = jnp.argmax(tokens_BT, axis=1)
+            x_BD = jnp.take_along_axis(x_BTD, end_B[:, None, None], axis=1)[:, 0]
+        return self.ln_final(x_BD)
+
+    def features(
+        self,
+        tokens_BT: Int[Array | np.ndarray, "B T"],
+        layer: int = -1,
+        final_norm: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """Every token after `layer` blocks; see `CLIP.encode_text`."""
         length, context = tokens_BT.shape[1], self.config.context_length
         if length > context:
             raise ValueError(
@@ -75,7 +121,5 @@ class TextTransformer(nnx.Module):
             )
         x_BTD = jnp.take(self.token_embedding.astype(self.dtype), tokens_BT, axis=0)
         x_BTD = x_BTD + self.position_embedding[:length].astype(self.dtype)
-        x_BTD = self.transformer(x_BTD)
-        end_B = jnp.argmax(tokens_BT, axis=1)
-        x_BD = jnp.take_along_axis(x_BTD, end_B[:, None, None], axis=1)[:, 0]
-        return self.ln_final(x_BD) @ self.projection.astype(self.dtype)
+        x_BTD = self.transformer(x_BTD, layer)
+        return self.ln_final(x_BTD) if final_norm else x_BTD

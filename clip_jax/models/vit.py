@@ -1,7 +1,7 @@
 """The image tower: a Vision Transformer as in the paper (section 2.4 and the released code)."""
 
 import dataclasses
-import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,32 @@ from jaxtyping import Array, Float
 
 from clip_jax.errors import ConfigError
 from clip_jax.models.layers import (
+    MLP,
     Activation,
-    BlockInit,
+    Attention,
     Dense,
     LayerNorm,
-    Remat,
-    Transformer,
+    Training,
+    check_images,
+    normal,
     symmetric_uniform,
 )
+from clip_jax.models.transformer import BlockInit, BlockSpec, Remat, Transformer
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """Architecture of a Vision Transformer image tower; sizes in pixels, tokens and features."""
+    """Architecture of a Vision Transformer image tower; sizes in pixels, tokens and features.
+
+    Attributes:
+        pool: what stands for the image: the class token; the mean of the patches; or "map", an
+            attention whose query is learned (big_vision's multihead attention pooling).
+        class_token: there is one, before the patches.
+        pre_norm: a LayerNorm before the first block.
+        patch_bias: the patches are embedded with a bias.
+        projection: a matrix leads from the width to the embedding; without it they are equal.
+        patch_dropout: the share of the patches that training drops, at random, for each image anew.
+    """
 
     image_size: int
     patch_size: int
@@ -33,91 +46,183 @@ class ViTConfig:
     heads: int
     mlp_ratio: float = 4.0
     activation: Activation = "quick_gelu"
+    pool: Literal["class", "mean", "map"] = "class"
+    class_token: bool = True
+    pre_norm: bool = True
+    patch_bias: bool = False
+    projection: bool = True
+    norm_epsilon: float = 1e-5
+    patch_dropout: float = 0.0
+    tower: Literal["vit"] = "vit"
 
     @property
     def tokens(self) -> int:
-        """Length of the sequence: the class token and one token a patch."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+        """Length of the sequence: one token a patch, and the class token where there is one."""
+        return (self.image_size // self.patch_size) ** 2 + self.class_token
 
 
-def resize_position_embedding(table: Float[Array, "N D"], tokens: int) -> Float[Array, "M D"]:
-    """Brings a position table to another resolution: bicubic over the grid, class token kept.
+class MAPPool(nnx.Module):
+    """Multihead attention pooling: a learned query asks all tokens, then an MLP with a residual."""
 
-    Args:
-        table: one row for the class token, then a square grid of patches by rows.
-        tokens: rows of the new table, a square number and one.
-    """
-    if table.shape[0] == tokens:
-        return table
-    old, new = (math.isqrt(rows - 1) for rows in (table.shape[0], tokens))
-    grid = rearrange(table[1:], "(h w) d -> h w d", h=old)
-    grid = jax.image.resize(grid, (new, new, grid.shape[-1]), "bicubic")
-    return jnp.concatenate([table[:1], rearrange(grid, "h w d -> (h w) d")])
+    def __init__(self, spec: BlockSpec, *, dtype: Any, rngs: nnx.Rngs):
+        probe = symmetric_uniform((6 / (1 + spec.width)) ** 0.5)
+        self.probe = nnx.Param(probe(rngs.params(), (spec.width,)))
+        self.attention = Attention(
+            spec.width, spec.heads, init=spec.init.attention, dtype=dtype, rngs=rngs
+        )
+        self.ln = LayerNorm(spec.width, spec.norm_epsilon, rngs=rngs)
+        self.mlp = MLP(
+            spec.width,
+            spec.mlp_width,
+            activation=spec.activation,
+            init=spec.init.mlp,
+            dtype=dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x_BND: Float[Array, "B N D"]) -> Float[Array, "B D"]:
+        probe = self.probe.astype(x_BND.dtype)
+        queries_B1D = jnp.broadcast_to(probe, (x_BND.shape[0], 1, x_BND.shape[2]))
+        x_B1D = self.attention(x_BND, queries_B1D)
+        return (x_B1D + self.mlp(self.ln(x_B1D)))[:, 0]
 
 
 class VisionTransformer(nnx.Module):
-    """Images -> embeddings, through patches and a class token.
+    """Images -> embeddings, through patches.
 
     Raises:
-        ConfigError: the patch size does not divide the image size.
+        ConfigError: the patch size does not divide the image size, or the parts do not fit.
     """
 
     def __init__(
-        self, config: ViTConfig, embed_dim: int, *, dtype, remat: Remat, unroll: int, rngs: nnx.Rngs
+        self,
+        config: ViTConfig,
+        embed_dim: int,
+        *,
+        dtype: Any,
+        remat: Remat,
+        unroll: int,
+        rngs: nnx.Rngs,
     ):
-        if config.image_size % config.patch_size:
-            raise ConfigError(
-                f"patches of {config.patch_size} pixels do not divide an image of "
-                f"{config.image_size} pixels"
-            )
+        _check(config, embed_dim)
         width, mlp_width = config.width, int(config.width * config.mlp_ratio)
         patch_features = 3 * config.patch_size**2
-        normal = jax.nn.initializers.normal(width**-0.5)
         self.config = config
         self.dtype = dtype
         # A convolution whose stride is its kernel is a matmul on the flattened patches.
+        torch_default = symmetric_uniform(patch_features**-0.5)
         self.patch_embedding = Dense(
             (patch_features,),
             (width,),
-            kernel_init=symmetric_uniform(patch_features**-0.5),
-            bias_init=None,
+            kernel_init=torch_default,
+            bias_init=torch_default if config.patch_bias else None,
             dtype=dtype,
             rngs=rngs,
         )
-        self.class_embedding = nnx.Param(normal(rngs.params(), (width,)))
-        self.position_embedding = nnx.Param(normal(rngs.params(), (config.tokens, width)))
-        self.ln_pre = LayerNorm(width, rngs=rngs)
-        self.transformer = Transformer(
+        scaled = normal(width**-0.5)
+        if config.class_token:
+            self.class_embedding = nnx.Param(scaled(rngs.params(), (width,)))
+        self.position_embedding = nnx.Param(scaled(rngs.params(), (config.tokens, width)))
+        if config.pre_norm:
+            self.ln_pre = LayerNorm(width, config.norm_epsilon, rngs=rngs)
+        spec = BlockSpec(
             width,
-            config.layers,
             config.heads,
             mlp_width,
             activation=config.activation,
-            causal=False,
+            norm_epsilon=config.norm_epsilon,
             init=BlockInit.torch_default(width, mlp_width),
-            dtype=dtype,
-            remat=remat,
-            unroll=unroll,
-            rngs=rngs,
         )
-        self.ln_post = LayerNorm(width, rngs=rngs)
-        self.projection = nnx.Param(normal(rngs.params(), (width, embed_dim)))
+        self.transformer = Transformer(
+            spec, config.layers, dtype=dtype, remat=remat, unroll=unroll, rngs=rngs
+        )
+        self.ln_post = LayerNorm(width, config.norm_epsilon, rngs=rngs)
+        if config.pool == "map":
+            spec = dataclasses.replace(spec, init=BlockInit.xavier(width, mlp_width))
+            self.pool = MAPPool(spec, dtype=dtype, rngs=rngs)
+        if config.projection:
+            self.projection = nnx.Param(scaled(rngs.params(), (width, embed_dim)))
 
-    def __call__(self, images_BHWC: Float[Array | np.ndarray, "B H W 3"]) -> Float[Array, "B E"]:
+    def __call__(
+        self, images_BHWC: Float[Array | np.ndarray, "B H W 3"], training: Training | None = None
+    ) -> Float[Array, "B E"]:
         """Normalised pixels -> embeddings in the compute dtype, not of unit length."""
-        size = self.config.image_size
-        if images_BHWC.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"expected images of shape [B, {size}, {size}, 3], got {images_BHWC.shape}; "
-                "resize them with the model's preprocess"
-            )
-        p, images_BHWC = self.config.patch_size, jnp.asarray(images_BHWC)
+        x_BD = self.pooled(images_BHWC, training)
+        return x_BD @ self.projection.astype(self.dtype) if self.config.projection else x_BD
+
+    def pooled(
+        self, images_BHWC: Float[Array | np.ndarray, "B H W 3"], training: Training | None = None
+    ) -> Float[Array, "B D"]:
+        """The feature of each image before the projection: what the paper's linear probes take."""
+        x_BND = self.features(images_BHWC, training=training)
+        if self.config.pool == "class":
+            return self.ln_post(x_BND[:, 0])
+        if self.config.pool == "map":
+            return self.pool(self.ln_post(x_BND))
+        return self.ln_post(jnp.mean(x_BND[:, int(self.config.class_token) :], axis=1))
+
+    def features(
+        self,
+        images_BHWC: Float[Array | np.ndarray, "B H W 3"],
+        layer: int = -1,
+        final_norm: bool = False,
+        training: Training | None = None,
+    ) -> Float[Array, "B N D"]:
+        """Every token after `layer` blocks; see `CLIP.encode_image`."""
+        p, images_BHWC = self.config.patch_size, check_images(images_BHWC, self.config.image_size)
         patches_BNP = rearrange(images_BHWC, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
-        x_BND = self.patch_embedding(patches_BNP)
-        class_token = jnp.broadcast_to(
-            self.class_embedding.astype(self.dtype), (x_BND.shape[0], 1, x_BND.shape[2])
+        positions_ND = self.position_embedding.astype(self.dtype)
+        first = int(self.config.class_token)
+        x_BND = self.patch_embedding(patches_BNP) + positions_ND[first:]
+        if training is not None and self.config.patch_dropout:
+            x_BND = drop_patches(x_BND, training.image_keys, self.config.patch_dropout)
+        if self.config.class_token:
+            class_token = self.class_embedding.astype(self.dtype) + positions_ND[0]
+            class_token = jnp.broadcast_to(class_token, (x_BND.shape[0], 1, x_BND.shape[2]))
+            x_BND = jnp.concatenate([class_token, x_BND], axis=1)
+        x_BND = self.ln_pre(x_BND) if self.config.pre_norm else x_BND
+        x_BND = self.transformer(x_BND, layer)
+        return self.ln_post(x_BND) if final_norm else x_BND
+
+
+def drop_patches(
+    x_BND: Float[Array, "B N D"], image_keys: Array | None, share: float
+) -> Float[Array, "B M D"]:
+    """Keeps a random (1 - share) of each image's patches (FLIP: Li et al., 2023).
+
+    Args:
+        x_BND: embedded patches, positions added.
+        image_keys: [B], a random key for each image; the same key keeps the same patches.
+        share: of the patches to drop.
+
+    Raises:
+        ValueError: no keys.
+    """
+    if image_keys is None:
+        raise ValueError("patch dropout needs Training.image_keys, a random key for each image")
+    patches = x_BND.shape[1]
+    kept = max(1, int(patches * (1 - share)))
+    scores_BN = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(image_keys)
+    kept_BM = jax.lax.top_k(scores_BN, kept)[1]
+    return jnp.take_along_axis(x_BND, kept_BM[:, :, None], axis=1)
+
+
+def _check(config: ViTConfig, embed_dim: int) -> None:
+    if config.image_size % config.patch_size:
+        raise ConfigError(
+            f"patches of {config.patch_size} pixels do not divide an image of "
+            f"{config.image_size} pixels"
         )
-        x_BND = jnp.concatenate([class_token, x_BND], axis=1)
-        x_BND = x_BND + self.position_embedding.astype(self.dtype)
-        x_BND = self.transformer(self.ln_pre(x_BND))
-        return self.ln_post(x_BND[:, 0]) @ self.projection.astype(self.dtype)
+    if config.pool not in ("class", "mean", "map"):
+        raise ConfigError(f"vision.pool {config.pool!r}: choose one of class, mean, map")
+    if config.pool == "class" and not config.class_token:
+        raise ConfigError("vision.pool='class' needs vision.class_token=True, or another pool")
+    if not config.projection and config.width != embed_dim:
+        raise ConfigError(
+            f"vision.projection=False makes the width the embedding: expected embed_dim "
+            f"{config.width}, got {embed_dim}"
+        )
+    if not 0 <= config.patch_dropout < 1:
+        raise ConfigError(
+            f"vision.patch_dropout={config.patch_dropout}: expected a share, at least 0 and below 1"
+        )

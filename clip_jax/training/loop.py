@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,8 +18,7 @@ from clip_jax.data.batches import Prefetch, train_batches
 from clip_jax.data.order import Order
 from clip_jax.data.sources import open_source
 from clip_jax.errors import CheckpointError, ConfigError
-from clip_jax.models import CLIP
-from clip_jax.models.vit import resize_position_embedding
+from clip_jax.models import CLIP, CLIPConfig, resize_positions
 from clip_jax.optim import learning_rate_schedule, make_optimizer
 from clip_jax.preprocess import Preprocess
 from clip_jax.sharding import batch_divisor, make_mesh, shard_batch
@@ -71,8 +69,9 @@ def train(
         )
     model_config = architecture(config.model)
     preprocess = Preprocess(model_config.vision.image_size, config.data.mean, config.data.std)
-    graphdef, params = abstract_model(
-        model_config, config.train.dtype, config.train.remat, config.train.unroll
+    frozen = config.optim.frozen
+    model = abstract_model(
+        model_config, config.train.dtype, config.train.remat, config.train.unroll, frozen
     )
     schedule = learning_rate_schedule(config.optim.peak_lr, config.optim.warmup_steps, steps)
     optimizer = make_optimizer(config.optim, schedule)
@@ -84,7 +83,7 @@ def train(
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(workdir, config.checkpoint.keep))
         )
-        target = abstract_state(params, optimizer, mesh)
+        target = abstract_state(model, optimizer, mesh)
         restored = checkpoints.restore(target, card)
         if restored is not None:
             state, saved_order = restored
@@ -92,11 +91,19 @@ def train(
         else:
             state = initial_state(model_config, optimizer, mesh, config.seed)
             if config.train.init_from:
-                state = _start_from(config.train.init_from, state)
+                state = _start_from(config.train.init_from, state, model_config)
         first_step = int(state.step)
 
         train_step = make_train_step(
-            graphdef, optimizer, schedule, preprocess, config.train.max_logit_scale, target, mesh
+            model,
+            optimizer,
+            schedule,
+            preprocess,
+            config.train.max_logit_scale,
+            target,
+            mesh,
+            seed=config.seed,
+            frozen=frozen,
         )
         host_batches = train_batches(
             source, order, config, preprocess.size, model_config.text.context_length
@@ -117,11 +124,11 @@ def train(
 
         def evaluate(step: int) -> dict[str, float]:
             log.flush(batches.waited)
-            model = nnx.merge(graphdef, state.params)
+            trained = model.merge(state.params, state.batch_stats)
             found = {
                 f"{name}/{metric}": float(value)
                 for name, evaluator in (evaluators or {}).items()
-                for metric, value in evaluator(model, preprocess, mesh).items()
+                for metric, value in evaluator(trained, preprocess, mesh).items()
             }
             if found:
                 log.write(step, found)
@@ -141,30 +148,28 @@ def train(
             if config.eval.every and step % config.eval.every == 0 and step < steps:
                 evaluate(step)
         evaluated = evaluate(steps)
-    return Result(nnx.merge(graphdef, state.params), preprocess, mesh, evaluated)
+    trained = model.merge(state.params, state.batch_stats)
+    return Result(trained, preprocess, mesh, evaluated)
 
 
-def _start_from(path: str, state: TrainState) -> TrainState:
+def _start_from(path: str, state: TrainState, config: CLIPConfig) -> TrainState:
     """Takes the weights of another run; image positions are resized where the resolution differs.
 
     Raises:
         CheckpointError: weights of another architecture.
     """
-    card, params = load_params(path)
-    own = state.params["visual"]["position_embedding"]
-    params["visual"]["position_embedding"] = resize_position_embedding(
-        params["visual"]["position_embedding"], own.shape[0]
-    )
-    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, state.params):
+    card, params, batch_stats = load_params(path)
+    params = resize_positions(params, card.model.vision, config.vision)
+    found, wanted = (params, batch_stats), (state.params, state.batch_stats)
+    if jax.tree.map(np.shape, found) != jax.tree.map(np.shape, wanted):
         raise CheckpointError(
             f"train.init_from={path} holds {card.model}; its weights do not fit this config's model"
         )
     logging.info("starting from the weights of %s", path)
-    return state._replace(
-        params=jax.tree.map(
-            lambda new, old: jax.device_put(new, old.sharding), params, state.params
-        )
+    params, batch_stats = jax.tree.map(
+        lambda new, old: jax.device_put(new, old.sharding), found, wanted
     )
+    return state._replace(params=params, batch_stats=batch_stats)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """The train state, and how it starts."""
 
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from clip_jax.errors import ConfigError
 from clip_jax.models import CLIP, CLIPConfig
-from clip_jax.models.layers import Remat
+from clip_jax.models.resnet import BatchNorm
+from clip_jax.models.transformer import Remat
+from clip_jax.optim import frozen_mask
 from clip_jax.sharding import state_shardings
 
 
@@ -19,24 +24,75 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     params: Any  # nested dicts of float32 arrays
+    batch_stats: Any  # likewise, of the same paths: BatchNorm's running statistics; {} without any
     opt_state: Any  # optax's
 
 
+class AbstractModel(NamedTuple):
+    """A `CLIP` without arrays: its graph definition, and the shapes of what it holds."""
+
+    graphdef: nnx.GraphDef
+    params: Any
+    batch_stats: Any
+
+    def merge(self, params: Any, batch_stats: Any) -> CLIP:
+        """The model with these arrays."""
+        return nnx.merge(self.graphdef, params, batch_stats)
+
+
 def abstract_model(
-    config: CLIPConfig, dtype: str = "float32", remat: Remat = "none", unroll: int = 1
-) -> tuple[nnx.GraphDef, Any]:
-    """The model without arrays: its graph definition, and the shapes of its parameters."""
+    config: CLIPConfig,
+    dtype: str = "float32",
+    remat: Remat = "none",
+    unroll: int = 1,
+    frozen: Sequence[str] = (),
+) -> AbstractModel:
+    """The model without arrays.
+
+    Args:
+        config: the architecture.
+        dtype: of compute.
+        remat: see `models.transformer.Transformer`.
+        unroll: likewise.
+        frozen: patterns as in `optim.frozen_mask`; BatchNorm whose running statistics they freeze
+            uses them in training, too.
+
+    Raises:
+        ConfigError: a pattern that is found in no path.
+    """
     model = nnx.eval_shape(
         lambda: CLIP(config, dtype=jnp.dtype(dtype), remat=remat, unroll=unroll, rngs=nnx.Rngs(0))
     )
-    graphdef, params = nnx.split(model, nnx.Param)
-    return graphdef, nnx.to_pure_dict(params)
+    params, batch_stats = _variables(model)
+    for pattern in frozen:
+        if not any(jax.tree.leaves(frozen_mask((params, batch_stats), [pattern]))):
+            raise ConfigError(
+                f"optim.frozen: {pattern!r} is found in no parameter's path; paths are such as "
+                "visual/transformer/blocks/mlp/up/kernel, text/token_embedding, logit_scale"
+            )
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            name = "/".join(map(str, (*path, "mean")))
+            module.use_running_average = any(re.search(pattern, name) for pattern in frozen)
+    return AbstractModel(nnx.graphdef(model), params, batch_stats)
 
 
-def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the train state, from the shapes of the parameters."""
+def _variables(model: CLIP) -> tuple[Any, Any]:
+    """Parameters and running statistics as plain nested dicts."""
+    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+
+
+def abstract_state(
+    model: AbstractModel, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the train state of a model."""
     shapes = jax.eval_shape(
-        lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), params
+        lambda params, stats: TrainState(
+            jnp.zeros((), jnp.int32), params, stats, optimizer.init(params)
+        ),
+        model.params,
+        model.batch_stats,
     )
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
@@ -51,9 +107,8 @@ def initial_state(
     """A fresh state, every array made where it will lie."""
 
     def create(key: Array) -> TrainState:
-        model = CLIP(config, rngs=nnx.Rngs(key))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        params, batch_stats = _variables(CLIP(config, rngs=nnx.Rngs(key)))
+        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
     key = jax.random.key(seed)
     shardings = state_shardings(jax.eval_shape(create, key), mesh)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from clip_jax.errors import ConfigError
 from clip_jax.models import CLIP, CLIPConfig, TextConfig, ViTConfig, available_models, model_config
-from clip_jax.models.vit import resize_position_embedding
+from clip_jax.models.positions import resize_position_embedding
 from clip_jax.tokenizer import EOT, SOT
 
 TINY = CLIPConfig(

@@ -39,10 +39,10 @@ def batch(seed, rows=16):
 
 
 def run(mesh, steps=5, max_logit_scale=100.0):
-    graphdef, params = abstract_model(CONFIG)
+    model = abstract_model(CONFIG)
     state = initial_state(CONFIG, OPTIMIZER, mesh, seed=3)
-    target = abstract_state(params, OPTIMIZER, mesh)
-    step = make_train_step(graphdef, OPTIMIZER, schedule, PREPROCESS, max_logit_scale, target, mesh)
+    target = abstract_state(model, OPTIMIZER, mesh)
+    step = make_train_step(model, OPTIMIZER, schedule, PREPROCESS, max_logit_scale, target, mesh)
     history = []
     for number in range(steps):
         state, metrics = step(state, shard_batch(batch(number), mesh))
