@@ -262,11 +262,12 @@ class AttentionPool(Attention):
         )
         self.position_embedding = nnx.Param(scaled(rngs.params(), (config.tokens, width)))
 
-    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
+    def embed(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B E"]:
+        """The last feature map -> embeddings."""
         x_BTC = rearrange(x_BHWC, "b h w c -> b (h w) c")
         x_BTC = jnp.concatenate([jnp.mean(x_BTC, axis=1, keepdims=True), x_BTC], axis=1)
         x_BTC = x_BTC + self.position_embedding.astype(x_BTC.dtype)
-        return super().__call__(x_BTC, x_BTC[:, :1])[:, 0]
+        return self(x_BTC, x_BTC[:, :1])[:, 0]
 
 
 class ModifiedResNet(nnx.Module):
@@ -321,7 +322,7 @@ class ModifiedResNet(nnx.Module):
         self, images_BHWC: Float[Array | np.ndarray, "B H W 3"], training: Training | None = None
     ) -> Float[Array, "B E"]:
         """Normalised pixels -> embeddings in the compute dtype, not of unit length."""
-        return self.pool(self.features(images_BHWC, training=training))
+        return self.pool.embed(self.features(images_BHWC, training=training))
 
     def pooled(
         self, images_BHWC: Float[Array | np.ndarray, "B H W 3"], training: Training | None = None

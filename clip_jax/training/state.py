@@ -79,7 +79,7 @@ def abstract_model(
 
 def _variables(model: CLIP) -> tuple[Any, Any]:
     """Parameters and running statistics as plain nested dicts."""
-    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    params, batch_stats = (nnx.state(model, kind) for kind in (nnx.Param, nnx.BatchStat))
     return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 
 
