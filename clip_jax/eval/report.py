@@ -1,18 +1,18 @@
 """What a run leaves for a person: pictures in the workdir, and a closing page in the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from clip_jax.data.batches import EvalBatch, eval_batches
-from clip_jax.data.sources import Source, open_source
+from clip_jax.data.labelled import Example
 from clip_jax.eval import plots
-from clip_jax.eval.datasets import eval_dataset
-from clip_jax.eval.embed import embed_images, embed_texts
-from clip_jax.eval.tasks import build_classifier
+from clip_jax.eval.embed import Encoder, decode
+from clip_jax.eval.opening import OpenDataset, find
+from clip_jax.eval.outcome import softmax
+from clip_jax.preprocess import Preprocess
 from clip_jax.training.loop import Result
 from clip_jax.training.metrics import FILE, read_metrics
 
@@ -49,40 +49,50 @@ def table(metrics: Mapping[str, float]) -> str:
 
 def _example_figures(name: str, result: Result, config: ConfigDict) -> dict[str, plots.Figure]:
     """The similarity matrix of some pairs, and the five most probable names of some images."""
-    dataset = eval_dataset(name)
-    source = open_source(dataset.source, config.data)
-    batch_size = config.eval.batch_size
-    batch = next(eval_batches(source, result.preprocess, batch_size))
-    model, mesh = result.model, result.mesh
-    image = embed_images(model, result.preprocess, batch.image, mesh)
+    encoder = Encoder(result.model, result.preprocess, result.mesh, config.eval.batch_size)
+    dataset = find(name, config.data.data_dir)[0]
+    source = dataset.split("test")
+    examples = _distinct(source.examples(), result.preprocess)
+    pixels = np.stack([picture for _, picture in examples])
+    images = encoder.images(pixels)
     figures = {}
 
-    chosen = _distinct(batch, MATRIX_SIZE)
-    captions = [batch.features["caption"][row].decode() for row in chosen]
-    text = embed_texts(model, captions, mesh, batch_size)
-    figures[f"{name}_similarity"] = plots.similarity_matrix(
-        batch.image[chosen], captions, image[chosen] @ text.T
-    )
-
-    chosen = _distinct(batch, GRID_SIZE)
-    classifier = build_classifier(model, dataset, source, mesh, batch_size)
-    logits = float(np.exp(model.logit_scale[...])) * (image[chosen] @ classifier.weights.T)
-    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True))
-    figures[f"{name}_predictions"] = plots.predictions(
-        batch.image[chosen],
-        _true_names(source, batch, chosen),
-        classifier.names,
-        probabilities / probabilities.sum(axis=1, keepdims=True),
-    )
+    captioned = [row for row, (example, _) in enumerate(examples) if example.captions]
+    captioned = captioned[:MATRIX_SIZE]
+    if captioned:
+        captions = [examples[row][0].captions[0] for row in captioned]
+        similarity = images[captioned] @ encoder.texts(captions).T
+        figures[f"{name}_similarity"] = plots.similarity_matrix(
+            pixels[captioned], captions, similarity
+        )
+    if source.label_names is not None:
+        figures[f"{name}_predictions"] = _predictions(encoder, dataset, examples, images, pixels)
     return figures
 
 
-def _distinct(batch: EvalBatch, count: int) -> np.ndarray:
-    """The first rows that show `count` different classes."""
-    _, first = np.unique(batch.features["label"][batch.valid], return_index=True)
-    return np.sort(first)[:count]
+def _predictions(encoder, dataset: OpenDataset, examples, images, pixels) -> plots.Figure:
+    source = dataset.split("test")
+    classes = dataset.classes(source)
+    labels = np.unique([example.label for example in source.examples()])
+    entries = [classes.entries[each] for each in classes.of_label[labels]]
+    scores = images @ encoder.class_vectors(entries, dataset.entry.templates).T
+    names = [entry.prompts[0] for entry in entries]
+    truth = [names[np.searchsorted(labels, example.label)] for example, _ in examples]
+    return plots.predictions(pixels, truth, names, softmax(encoder.logit_scale * scores))
 
 
-def _true_names(source: Source, batch: EvalBatch, rows: np.ndarray) -> list[str]:
-    assert source.label_names is not None
-    return [source.label_names[label] for label in batch.features["label"][rows]]
+def _distinct(
+    examples: Iterable[Example], preprocess: Preprocess
+) -> list[tuple[Example, np.ndarray]]:
+    """The first examples of different classes, and their pixels."""
+    found: dict[object, tuple[Example, np.ndarray]] = {}
+    for number, example in enumerate(examples):
+        key = number if example.label is None or np.ndim(example.label) else example.label
+        if key in found:
+            continue
+        pixels = decode(example.image(), preprocess)
+        if pixels is not None:
+            found[key] = (example, pixels)
+        if len(found) == GRID_SIZE:
+            break
+    return list(found.values())
