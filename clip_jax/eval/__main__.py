@@ -1,78 +1,89 @@
-"""python -m clip_jax.eval --model=WORKDIR --dataset=glyphs [--task=zero_shot] [--out=FILE]."""
+"""python -m clip_jax.eval --model=SOURCE --dataset=NAME[,NAME] [--task=TASK[,TASK]] [--out=DIR]."""
 
-import json
 import sys
-from typing import Any
 
-import jax
 from absl import app, flags, logging
-from etils import epath
 from ml_collections import ConfigDict
 
-from clip_jax.errors import UserError
-from clip_jax.eval import DATASETS, TASKS, evaluate
-from clip_jax.eval.report import table
+from clip_jax.errors import ConfigError, UserError
+from clip_jax.eval import TASKS, Encoder, Options, datasets, suites
+from clip_jax.eval.results import Results
+from clip_jax.eval.run import Request, log_line, run
 from clip_jax.loading import load
 from clip_jax.sharding import join_hosts, make_mesh, replicate
 
-_MODEL = flags.DEFINE_string("model", None, "A workdir or a checkpoint; local or gs://.")
-_DATASET = flags.DEFINE_list("dataset", None, f"Of: {', '.join(DATASETS)}.")
-_TASK = flags.DEFINE_list("task", [], f"Of: {', '.join(TASKS)}; default: all the data set is for.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Of TFDS; default: TFDS's own.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Of all devices together.", lower_bound=1)
+_MODEL = flags.DEFINE_string("model", None, "Anything that clip_jax.load takes.")
+_DATASET = flags.DEFINE_list(
+    "dataset", [], f"Folders in --data_dir, paths, or of: {', '.join(datasets())}."
+)
+_SUITE = flags.DEFINE_list("suite", [], f"Of: {', '.join(suites())}.")
+_TASK = flags.DEFINE_list(
+    "task", [], f"Of: {', '.join(TASKS)}; default: all the set is for that need no training split."
+)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where the data sets are; default: TFDS's directory."
+)
 _OUT = flags.DEFINE_string(
-    "out", None, "Results, one JSON object a line; default: standard output."
+    "out", "results", "Directory for results.json, plots and report.html; local or gs://."
+)
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Do also what is done already.")
+_CLASSNAMES = flags.DEFINE_string(
+    "classnames", None, "A file to use instead of the data set's: a line NAME [| LABEL] a class."
+)
+_TEMPLATES = flags.DEFINE_string(
+    "templates", None, "A file to use instead of the data set's: prompts, {} for the name."
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Of all devices together.", lower_bound=1)
+_SOLVER = flags.DEFINE_enum(
+    "solver", "jax", ["jax", "sklearn"], "L-BFGS of linear probes: on the devices, or the reference"
+)
+_SHOTS = flags.DEFINE_list("shots", ["1", "2", "4", "8", "16"], "Examples a class for few_shot.")
+_CATEGORIES = flags.DEFINE_string(
+    "categories",
+    None,
+    "For the bias task: a file of categories to associate people with, or `paper`; see "
+    "docs/bias.md before you use it.",
 )
 flags.FLAGS.verbosity = logging.WARNING
-flags.mark_flags_as_required(["model", "dataset"])
+flags.mark_flags_as_required(["model"])
 
 
-def _rows() -> list[dict[str, Any]]:
-    """Results in CLIP_benchmark's schema, one for each data set and task."""
-    join_hosts()
-    mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
-    model, preprocess = load(_MODEL.value)
-    model = replicate(model, mesh)
-    rows: list[dict[str, Any]] = []
-    for dataset in _DATASET.value or ():
-        by_task = evaluate(
-            model,
-            preprocess,
-            mesh,
-            dataset=dataset,
-            tasks=_TASK.value,
-            data_dir=_DATA_DIR.value,
-            batch_size=_BATCH_SIZE.value,
-        )
-        rows += [
-            {
-                "dataset": dataset,
-                "model": "clip_jax",
-                "pretrained": _MODEL.value,
-                "task": task,
-                "metrics": metrics,
-                "language": "en",
-            }
-            for task, metrics in by_task.items()
-        ]
-    return rows
+def _request() -> Request:
+    names = list(_DATASET.value)
+    for suite in _SUITE.value:
+        if suite not in suites():
+            raise ConfigError(f"no suite {suite!r}; there are: {', '.join(suites())}")
+        names += suites()[suite]
+    if not names:
+        raise ConfigError("nothing to evaluate: give --dataset or --suite")
+    try:
+        shots = tuple(int(each) for each in _SHOTS.value)
+    except ValueError:
+        raise ConfigError(f"--shots={','.join(_SHOTS.value)} should be whole numbers") from None
+    options = Options(solver=_SOLVER.value, shots=shots, categories=_CATEGORIES.value)
+    return Request(
+        datasets=tuple(dict.fromkeys(names)),
+        tasks=tuple(_TASK.value),
+        data_dir=_DATA_DIR.value,
+        classnames=_CLASSNAMES.value,
+        templates=_TEMPLATES.value,
+        tolerant=bool(_SUITE.value),
+        overwrite=_OVERWRITE.value,
+        options=options,
+    )
 
 
 def main(_: list[str]) -> None:
-    """Evaluates and prints."""
+    """Evaluates, writes and prints."""
     try:
-        rows = _rows()
+        request = _request()
+        join_hosts()
+        mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
+        model, preprocess = load(_MODEL.value)
+        encoder = Encoder(replicate(model, mesh), preprocess, mesh, _BATCH_SIZE.value)
+        run(request, encoder, Results(_OUT.value, _MODEL.value), log_line)
     except UserError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    if jax.process_index() != 0:
-        return
-    for row in rows:
-        print(f"\n{row['dataset']}, {row['task']}\n{table(row['metrics'])}")
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    if _OUT.value:
-        epath.Path(_OUT.value).write_text(lines)
-    else:
-        print(f"\n{lines}", end="")
 
 
 if __name__ == "__main__":

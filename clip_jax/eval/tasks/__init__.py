@@ -16,5 +16,6 @@ TASKS: Mapping[str, Task] = {
     "linear_probe": linear_probe,
     "few_shot": few_shot,
 }
-NEED_FEATURES = frozenset(["linear_probe", "few_shot"])  # of the penultimate layer
+NEED_TRAIN = frozenset(["linear_probe", "few_shot"])  # a training split
+NEED_FEATURES = NEED_TRAIN  # of the penultimate layer
 NEED_TEXT = frozenset(TASKS) - {"linear_probe"}  # a text tower
