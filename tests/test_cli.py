@@ -84,7 +84,7 @@ def test_the_quickstart_killed_at_a_random_moment_ends_with_the_same_figures(tmp
     process.communicate()
     assert figures(finished(quickstart(tmp_path / "killed", data_dir))) == figures(whole)
 
-    results = tmp_path / "results.jsonl"
+    results = tmp_path / "results"
     output = finished(
         command(
             "-m",
@@ -95,8 +95,9 @@ def test_the_quickstart_killed_at_a_random_moment_ends_with_the_same_figures(tmp
             f"--out={results}",
         )
     )
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [row["task"] for row in rows] == ["zero_shot", "retrieval"]
+    lines = (results / "results.json").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {row["task"] for row in rows} == {"zeroshot_classification", "zeroshot_retrieval"}
     assert set(rows[0]) == {"dataset", "model", "pretrained", "task", "metrics", "language"}
     found = {f"glyphs/{k}": f"{100 * v:.2f}" for row in rows for k, v in row["metrics"].items()}
     assert found == {k: f"{float(v):.2f}" for k, v in figures(whole)}

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from clip_jax.errors import ConfigError, UserError
 from clip_jax.eval import TASKS, Encoder, Options, datasets, suites
+from clip_jax.eval.logistic import SOLVERS, Solver
 from clip_jax.eval.results import Results
 from clip_jax.eval.run import Request, log_line, run
 from clip_jax.loading import load
@@ -35,7 +36,7 @@ _TEMPLATES = flags.DEFINE_string(
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Of all devices together.", lower_bound=1)
 _SOLVER = flags.DEFINE_enum(
-    "solver", "jax", ["jax", "sklearn"], "L-BFGS of linear probes: on the devices, or the reference"
+    "solver", "jax", SOLVERS, "L-BFGS of linear probes: on the devices, or the reference"
 )
 _SHOTS = flags.DEFINE_list("shots", ["1", "2", "4", "8", "16"], "Examples a class for few_shot.")
 _CATEGORIES = flags.DEFINE_string(
@@ -44,7 +45,7 @@ _CATEGORIES = flags.DEFINE_string(
     "For the bias task: a file of categories to associate people with, or `paper`; see "
     "docs/bias.md before you use it.",
 )
-flags.FLAGS.verbosity = logging.WARNING
+flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
 flags.mark_flags_as_required(["model"])
 
 
@@ -60,7 +61,8 @@ def _request() -> Request:
         shots = tuple(int(each) for each in _SHOTS.value)
     except ValueError:
         raise ConfigError(f"--shots={','.join(_SHOTS.value)} should be whole numbers") from None
-    options = Options(solver=_SOLVER.value, shots=shots, categories=_CATEGORIES.value)
+    solver: Solver = _SOLVER.value  # type: ignore[assignment]
+    options = Options(solver=solver, shots=shots, categories=_CATEGORIES.value)
     return Request(
         datasets=tuple(dict.fromkeys(names)),
         tasks=tuple(_TASK.value),
@@ -79,9 +81,10 @@ def main(_: list[str]) -> None:
         request = _request()
         join_hosts()
         mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
-        model, preprocess = load(_MODEL.value)
+        source = str(_MODEL.value)
+        model, preprocess = load(source)
         encoder = Encoder(replicate(model, mesh), preprocess, mesh, _BATCH_SIZE.value)
-        run(request, encoder, Results(_OUT.value, _MODEL.value), log_line)
+        run(request, encoder, Results(_OUT.value, source), log_line)
     except UserError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -75,9 +75,7 @@ def class_bars(
     return figure
 
 
-def reliability(
-    probability: Float[np.ndarray, " N"], right: Shaped[np.ndarray, " N"]
-) -> Figure:
+def reliability(probability: Float[np.ndarray, " N"], right: Shaped[np.ndarray, " N"]) -> Figure:
     """Accuracy against confidence, and how often each confidence occurs."""
     confidence, accuracy, size, error = calibration(probability, right.astype(np.float64))
     figure = Figure(figsize=(5, 5.2), layout="constrained")
@@ -132,6 +130,24 @@ def zero_shot_versus_probe(differences: Mapping[str, float], what: str) -> Figur
     axes.margins(x=0.15)
     axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="points")
     axes.set_title(f"zero-shot minus linear probe, {what}", size=9, loc="left")
+    return figure
+
+
+def groups(shares: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Shares by group, a panel each."""
+    columns = 4
+    rows = -(-len(shares) // columns)
+    figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(shares) :]:
+        axes.set_axis_off()
+    for axes, (title, by_group) in zip(grid.flat, shares.items(), strict=False):
+        axes.barh(range(len(by_group)), by_group.values(), color=_NEUTRAL, alpha=0.7)
+        for place, value in enumerate(by_group.values()):
+            axes.text(0.01, place, f"{value:.1%}", va="center", size=6)
+        axes.set_yticks(range(len(by_group)), list(by_group), size=6)
+        axes.set(xlim=(0, 1), ylim=(len(by_group) - 0.4, -0.6))
+        axes.set_title(title, size=8, loc="left")
     return figure
 
 

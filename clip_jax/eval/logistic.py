@@ -11,7 +11,7 @@ by the number of examples exceeds `TOLERANCE`, or 1,000 iterations. scikit-learn
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from clip_jax.sharding import BATCH_AXES, BATCH_SPEC, batch_divisor, shard_batch
 
 Solver = Literal["jax", "sklearn"]
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
 MAX_ITERATIONS = 1000
 TOLERANCE = 1e-4  # scikit-learn's
 _MEMORY = 10  # pairs that L-BFGS remembers, as SciPy does

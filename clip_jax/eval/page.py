@@ -74,9 +74,7 @@ def _overview(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) 
     return "".join(lines) + "</table></div>"
 
 
-def _section(
-    results: Results, key: str, row: Mapping[str, Any], details: Mapping[str, Any]
-) -> str:
+def _section(results: Results, key: str, row: Mapping[str, Any], details: Mapping[str, Any]) -> str:
     notes = list(details["notes"])
     if details["unreadable"]:
         notes.insert(0, f"{details['unreadable']} unreadable pictures were left out.")
@@ -105,7 +103,7 @@ def _sentence(note: str) -> str:
 
 def _interval(details: Mapping[str, Any], metric: str) -> str:
     interval = details["intervals"].get(metric)
-    return f"{100 * interval[0]:.2f} – {100 * interval[1]:.2f}" if interval else ""
+    return f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f}" if interval else ""
 
 
 def _paper(details: Mapping[str, Any], metric: str) -> str:

@@ -141,8 +141,9 @@ def match_classes(
     labels = np.array(found, np.int64)
     counts = np.bincount(labels[labels >= 0], minlength=len(classes))
     faults = [
-        f"{classes[index].prompts[0]!r} is {'missing' if not counts[index] else 'there twice'}"
-        for index in np.flatnonzero(counts != 1)
+        f"{entry.prompts[0]!r} is {'missing' if not count else 'there twice'}"
+        for entry, count in zip(classes, counts, strict=True)
+        if count != 1
     ]
     if faults:
         strangers = [name for name, label in zip(names, labels, strict=True) if label < 0]

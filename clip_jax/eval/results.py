@@ -107,7 +107,7 @@ class Results:
 def paper_figures(entry: EvalDataset, task: str, model: CLIP) -> dict[str, float]:
     """The paper's figures, shares of one, by metric: those of the model's architecture."""
     name = architecture_name(model)
-    found = entry.figures.get(task, {}).get(name)
+    found = entry.figures.get(task, {}).get(name) if name else None
     if found is None:
         return {}
     if isinstance(found, Mapping):

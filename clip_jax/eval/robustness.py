@@ -73,7 +73,7 @@ def draw_robustness(accuracy: Mapping[str, Mapping[str, float]]) -> Figure | Non
                   label="ResNet-101 trained on ImageNet")  # fmt: skip
         published = np.array(list(CLIP_MODELS.values()))
         axes.plot(published[:, 0], published[:, 1 + names.index(shift)], "o", markersize=4,
-                  color="tab:purple", alpha=0.6, label="OpenAI's CLIP (OpenCLIP's tables)")  # fmt: skip
+                  color="tab:purple", alpha=0.6, label="OpenAI's CLIP, by OpenCLIP")  # fmt: skip
         title = SHIFTS[shift]
         for number, (name, sets) in enumerate(models.items()):
             if shift not in sets:

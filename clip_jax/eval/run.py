@@ -166,6 +166,8 @@ def _figures(
         figures["confusion"] = charts.confusion_matrix(predictions.target, chosen, names)
         figures["classes"] = charts.class_bars(predictions.target, right, names)
         figures["calibration"] = charts.reliability(probability, right)
+    if "groups" in outcome.details:
+        figures["groups"] = charts.groups(outcome.details["groups"])
     if "by_shots" in outcome.details:
         figures["shots"] = charts.shots(
             outcome.details["by_shots"],
@@ -226,9 +228,9 @@ def _draw_across(rows: Sequence[tuple[str, dict[str, Any], Mapping[str, Any]]], 
             figure = charts.zero_shot_versus_probe(both, model)
             results.draw(f"across--zero_shot_versus_linear_probe-{number}", figure)
     zero_shot = {m: by_task.get("zeroshot_classification", {}) for m, by_task in scores.items()}
-    figure = draw_robustness(zero_shot)
-    if figure is not None:
-        results.draw("across--robustness", figure)
+    robustness = draw_robustness(zero_shot)
+    if robustness is not None:
+        results.draw("across--robustness", robustness)
 
 
 def _agreed(here: bool) -> bool:

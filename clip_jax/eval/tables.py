@@ -31,7 +31,7 @@ def results_table(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]
 def _lines(
     rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]],
 ) -> list[tuple[str, ...]]:
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for _, row, details in rows:
         first = (row["dataset"], row["task"])
         for metric, value in row["metrics"].items():
@@ -43,7 +43,7 @@ def _lines(
                     *first,
                     shown,
                     f"{100 * value:.2f}",
-                    f"{100 * interval[0]:.2f} - {100 * interval[1]:.2f}" if interval else "",
+                    f"{100 * interval[0]:.2f} to {100 * interval[1]:.2f}" if interval else "",
                     f"{100 * paper:.1f}" if paper is not None else "",
                 )
             )

@@ -1,163 +1,238 @@
-"""Evaluation of a tiny labelled set: against plain loops, on every mesh and batch size."""
+"""Evaluation of small sets: against plain loops, on every mesh and batch size, and its mistakes."""
 
 import io
 
 import jax
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from flax import nnx
 from PIL import Image
 
 import clip_jax
-from clip_jax.errors import DataError
-from clip_jax.eval import DATASETS, evaluate, evaluators
-from clip_jax.eval.datasets import EvalDataset
+from clip_jax.errors import ConfigError, DataError
+from clip_jax.eval import Encoder, Options, evaluate, evaluators
+from clip_jax.eval.registry import PLAIN_TEMPLATE
 from clip_jax.models import CLIP, CLIPConfig, TextConfig, ViTConfig
 from clip_jax.preprocess import Preprocess
 from clip_jax.sharding import replicate
 
-COUNT = 37
-NAMES = ["red square", "green circle", "blue star", "old house", "new moon"]
-TEMPLATES = ("a {}", "a picture of a {}.")
-CLASSES = [0, 2, 4]  # the only ones to choose from
+CONFIG = CLIPConfig(
+    embed_dim=8,
+    vision=ViTConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),
+    text=TextConfig(width=16, heads=2, layers=1, context_length=32),
+)
+CLASSES = ["blue star", "green circle", "red square"]
+QUICK = Options(intervals=False)
 
 
-def pictures():
-    random = np.random.default_rng(0)
-    return [random.integers(0, 256, (18, 20, 3), np.uint8) for _ in range(COUNT)]
+def picture(index):
+    return np.random.default_rng(index).integers(0, 256, (18, 20, 3), np.uint8)
 
 
-def label(index):
-    return CLASSES[index % len(CLASSES)]
+def write(path, index):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(index)).save(path)
 
 
-class TinyShapes(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-    code_path = tfds.core.Path(__file__)
-
-    def _info(self):
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(),
-                    "caption": tfds.features.Text(),
-                    "label": tfds.features.ClassLabel(names=NAMES),
-                }
-            ),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager):
-        return {"test": self._generate_examples()}
-
-    def _generate_examples(self):
-        for index, picture in enumerate(pictures()):
-            file = io.BytesIO()
-            Image.fromarray(picture).save(file, "PNG")
-            file.seek(0)
-            yield index, {"image": file, "caption": f"picture {index}", "label": label(index)}
+def captions(index):
+    return [f"picture {index} {'x' * each}" for each in range(1 + index % 3)]
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    directory = str(tmp_path_factory.mktemp("tfds"))
-    tfds.disable_progress_bar()
-    TinyShapes(data_dir=directory).download_and_prepare()
+    """Class folders with a train and a test split, and captioned pictures."""
+    directory = tmp_path_factory.mktemp("data")
+    for split, first, count in (("train", 1000, 30), ("test", 0, 19)):
+        for index in range(first, first + count):
+            name = CLASSES[index % 3].replace(" ", "_")
+            write(directory / "shapes" / split / name / f"{index:04d}.png", index)
+    rows = []
+    for index in range(19):
+        write(directory / "pairs" / f"{index}.png", index)
+        quoted = ", ".join(f'"{caption}"' for caption in captions(index))
+        rows.append(f'{{"file": "{index}.png", "captions": [{quoted}]}}\n')
+    (directory / "pairs" / "test.jsonl").write_text("".join(rows))
     return directory
-
-
-@pytest.fixture
-def tiny_set(monkeypatch):
-    entry = EvalDataset(
-        source="tfds:tiny_shapes:test",
-        tasks=("zero_shot", "retrieval"),
-        templates=TEMPLATES,
-        classes=lambda names: np.array(CLASSES),
-    )
-    monkeypatch.setitem(DATASETS, "tiny", entry)
-
-
-CONFIG = CLIPConfig(
-    embed_dim=8,
-    vision=ViTConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),
-    text=TextConfig(width=16, heads=2, layers=1, context_length=10),
-)
 
 
 def model():
     return CLIP(CONFIG, rngs=nnx.Rngs(1))
 
 
-def by_plain_loops():
-    """Accuracy and recall, one picture and one prompt at a time, through the public interface."""
-    clip, preprocess = model(), Preprocess(16)
+def encoder(mesh, batch_size=64):
+    return Encoder(replicate(model(), mesh), Preprocess(16), mesh, batch_size)
 
-    def text(sentence):
-        tokens = clip_jax.tokenize(sentence, context_length=10)
-        return np.asarray(clip.encode_text(tokens, normalize=True))[0]
 
-    images = [
-        np.asarray(clip.encode_image(preprocess(Image.fromarray(p))[None], normalize=True))[0]
-        for p in pictures()
-    ]
-    weights = []
-    for name in (NAMES[c] for c in CLASSES):
-        mean = np.mean([text(template.format(name)) for template in TEMPLATES], axis=0)
-        weights.append(mean / np.linalg.norm(mean))
-    right = [
-        CLASSES[int(np.argmax(np.stack(weights) @ image))] == label(index)
-        for index, image in enumerate(images)
-    ]
-    texts = np.stack([text(f"picture {index}") for index in range(COUNT)])
-    scores = np.stack(images) @ texts.T
-    recall = [index in np.argsort(-scores[index])[:5] for index in range(COUNT)]
-    return np.mean(right), np.mean(recall)
+@pytest.fixture
+def one_device():
+    axes = ("data", "fsdp", "tensor")
+    return jax.make_mesh((1, 1, 1), axes, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 @pytest.fixture(scope="module")
-def expected():
-    return by_plain_loops()
+def by_plain_loops():
+    """Accuracy and recalls, one picture and one prompt at a time, through the public interface."""
+    clip, preprocess = model(), Preprocess(16)
+    encode_image = jax.jit(lambda clip, image: clip.encode_image(image, normalize=True))
+    encode_text = jax.jit(lambda clip, tokens: clip.encode_text(tokens, normalize=True))
+
+    def text(sentence):
+        tokens = clip_jax.tokenize(sentence, context_length=32)
+        return np.asarray(encode_text(clip, tokens))[0]
+
+    images = np.stack([
+        np.asarray(encode_image(clip, preprocess(Image.fromarray(picture(index)))[None]))[0]
+        for index in range(19)
+    ])  # fmt: skip
+    weights = np.stack([text(PLAIN_TEMPLATE.format(name)) for name in CLASSES])
+    accuracy = np.mean((images @ weights.T).argmax(axis=1) == np.arange(19) % 3)
+    texts = [(index, text(caption)) for index in range(19) for caption in captions(index)]
+    owner = np.array([index for index, _ in texts])
+    scores = images @ np.stack([vector for _, vector in texts]).T
+    found = [any(owner[best] == i for best in np.argsort(-scores[i])[:5]) for i in range(19)]
+    image = [owner[t] in np.argsort(-scores[:, t])[:5] for t in range(len(owner))]
+    return accuracy, np.mean(found), np.mean(image)
 
 
-@pytest.mark.parametrize("batch_size", [8, 16, 64])
-def test_results_equal_plain_loops_on_every_mesh_and_batch_size(
-    mesh, batch_size, tiny_set, data_dir, expected
+def test_results_equal_plain_loops_on_every_mesh(mesh, data_dir, by_plain_loops):
+    check(encoder(mesh, 8), data_dir, by_plain_loops)
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_results_equal_plain_loops_for_every_batch_size(
+    one_device, batch_size, data_dir, by_plain_loops
 ):
-    results = evaluate(
-        replicate(model(), mesh),
-        Preprocess(16),
-        mesh,
-        dataset="tiny",
-        data_dir=data_dir,
-        batch_size=batch_size,
+    check(encoder(one_device, batch_size), data_dir, by_plain_loops)
+
+
+def check(ready, data_dir, by_plain_loops):
+    accuracy, text, image = by_plain_loops
+    shapes = evaluate(ready, "shapes", tasks=["zero_shot"], data_dir=str(data_dir), options=QUICK)
+    assert shapes["zero_shot"].metrics["acc1"] == pytest.approx(accuracy)
+    assert shapes["zero_shot"].examples == 19
+    pairs = evaluate(ready, "pairs", data_dir=str(data_dir), options=QUICK)["retrieval"].metrics
+    assert pairs["text_retrieval_recall@5"] == pytest.approx(text)
+    assert pairs["image_retrieval_recall@5"] == pytest.approx(image)
+
+
+def test_texts_cut_to_their_length_are_embedded_as_whole_ones(one_device):
+    texts = ["a", "a photo of a cat.", "word " * 100, "a " * 20]
+    whole = clip_jax.tokenize(texts, 32, truncate=True)
+    expected = model().encode_text(whole, normalize=True)
+    np.testing.assert_allclose(encoder(one_device).texts(texts), expected, atol=1e-5)
+
+
+def test_class_vectors_are_means_over_names_and_templates_and_are_kept(one_device, monkeypatch):
+    from clip_jax.eval.registry import ClassName
+
+    ready = encoder(one_device)
+    classes, templates = [ClassName(("happy", "smiling")), ClassName(("sad",))], ("a {}", "the {}")
+    vectors = ready.class_vectors(classes, templates)
+    four = ready.texts(["a happy", "the happy", "a smiling", "the smiling"]).mean(axis=0)
+    np.testing.assert_allclose(vectors[0], four / np.linalg.norm(four), atol=1e-6)
+    monkeypatch.setattr(ready, "texts", None)  # nothing is encoded twice
+    np.testing.assert_array_equal(ready.class_vectors(classes[::-1], templates), vectors[::-1])
+
+
+def test_names_and_templates_can_be_given_in_the_folder_or_instead(one_device, data_dir, tmp_path):
+    ready = encoder(one_device)
+    keywords = {"tasks": ["zero_shot"], "data_dir": str(data_dir), "options": QUICK}
+
+    def probabilities(**more):
+        found = evaluate(ready, "shapes", **keywords, **more)["zero_shot"].predictions
+        return found.names, found.probabilities
+
+    (tmp_path / "names").write_text("rouge | red_square\nvert | green_circle\nbleu | blue star\n")
+    (tmp_path / "templates").write_text("un {}\n")
+    names, found = probabilities(
+        classnames=str(tmp_path / "names"), templates=str(tmp_path / "templates")
     )
-    accuracy, recall = expected
-    assert results["zero_shot"]["acc1"] == pytest.approx(accuracy)
-    assert results["retrieval"]["text_retrieval_recall@5"] == pytest.approx(recall)
+    assert names == ["rouge", "vert", "bleu"]
+    other_names, other = probabilities()
+    assert other_names == CLASSES
+    assert np.abs(found[:, ::-1] - other).max() > 1e-3
+    (tmp_path / "names").write_text("rouge | red square\n")
+    with pytest.raises(DataError, match="examples of classes that are not to choose from: blue"):
+        probabilities(classnames=str(tmp_path / "names"))
+    (tmp_path / "names").write_text("rouge | red square\nviolet\n")
+    with pytest.raises(DataError, match="'violet' is missing"):
+        probabilities(classnames=str(tmp_path / "names"))
 
 
-def test_unknown_sets_and_tasks_are_answered_with_those_there_are(tiny_set, data_dir, mesh):
-    with pytest.raises(DataError, match=r"no evaluation set 'tinny'; there are: .*glyphs"):
-        evaluate(model(), Preprocess(16), mesh, dataset="tinny")
-    with pytest.raises(DataError, match="no task 'probe'; it has: zero_shot, retrieval"):
-        evaluate(model(), Preprocess(16), mesh, dataset="tiny", tasks=["probe"], data_dir=data_dir)
+def test_unreadable_pictures_are_counted_and_left_out(one_device, data_dir, tmp_path):
+    for index in range(9):
+        write(tmp_path / "broken" / "test" / CLASSES[index % 3] / f"{index}.png", index)
+    whole = (tmp_path / "broken" / "test" / CLASSES[0] / "0.png").read_bytes()
+    for name, content in (("a.png", b""), ("b.png", b"no picture"), ("c.png", whole[:300])):
+        (tmp_path / "broken" / "test" / CLASSES[0] / name).write_bytes(content)
+    outcome = evaluate(encoder(one_device, 4), "broken", data_dir=str(tmp_path), options=QUICK)
+    assert outcome["zero_shot"].examples == 9
+    assert outcome["zero_shot"].unreadable == 3
+
+
+def test_bad_input_is_answered_with_what_was_expected(one_device, data_dir, tmp_path):
+    ready = encoder(one_device)
+
+    def ask(name, directory=tmp_path, **more):
+        return evaluate(ready, name, data_dir=str(directory), **more)
+
+    with pytest.raises(DataError, match=r"no data set 'shape'; looked for .*shape/.*glyphs"):
+        ask("shape", data_dir)
+    with pytest.raises(
+        DataError, match=r"(?s)food101/.*wds_food101/.*tfds:food101.*tfds build food"
+    ):
+        ask("food101")
+    with pytest.raises(DataError, match=r"looked for .*birdsnap/.*wds_birdsnap.*thomasberg"):
+        ask("birdsnap")
+    with pytest.raises(DataError, match="no task 'probe'; there are: zero_shot"):
+        ask("shapes", data_dir, tasks=["probe"])
+    with pytest.raises(DataError, match="no captions, which retrieval needs"):
+        ask("shapes", data_dir, tasks=["retrieval"])
+    with pytest.raises(DataError, match="no labels"):
+        ask("pairs", data_dir, tasks=["zero_shot"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no picture in folders of classes"):
+        ask("empty")
+    write(tmp_path / "gap" / "test" / "cat" / "0.png", 0)
+    (tmp_path / "gap" / "test" / "dog").mkdir()
+    with pytest.raises(DataError, match="no picture of 1 of its 2 classes: dog"):
+        ask("gap")
+    with pytest.raises(DataError, match="has no split 'train'"):
+        ask("gap", tasks=["linear_probe"])
+    write(tmp_path / "rotten" / "test" / "cat" / "0.png", 0)
+    (tmp_path / "rotten" / "test" / "cat" / "0.png").write_bytes(b"x")
+    with pytest.raises(DataError, match="none of its 1 pictures can be read"):
+        ask("rotten")
+    ready.model.text = None
+    with pytest.raises(ConfigError, match="no text tower, which zero_shot needs"):
+        ask("shapes", data_dir, tasks=["zero_shot"])
 
 
 def test_a_configured_set_that_does_not_exist_is_refused_before_training(small_config):
     small_config.eval.datasets = ("glyps",)
-    with pytest.raises(DataError, match="no evaluation set 'glyps'"):
+    with pytest.raises(DataError, match="no data set 'glyps'"):
         evaluators(small_config)
 
 
-def test_an_example_outside_the_classes_to_choose_from_is_an_error(monkeypatch, tiny_set, data_dir):
-    mesh = jax.make_mesh(
-        (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
-    )
-    narrow = EvalDataset(
-        "tfds:tiny_shapes:test", ("zero_shot",), TEMPLATES, lambda _: np.array([0])
-    )
-    monkeypatch.setitem(DATASETS, "narrow", narrow)
-    with pytest.raises(DataError, match="classes that are not to choose from"):
-        evaluate(model(), Preprocess(16), mesh, dataset="narrow", data_dir=data_dir)
+def test_a_web_dataset_folder_of_the_registry_is_scored_with_its_names(one_device, tmp_path):
+    import tarfile
+
+    from clip_jax.eval.registry import datasets
+
+    names = [each.prompts[0] for each in datasets()["eurosat"].classes][::-1]
+    folder = tmp_path / "wds_vtab-eurosat"
+    (folder / "test").mkdir(parents=True)
+    (folder / "classnames.txt").write_text("\n".join(names) + "\n")
+    (folder / "test" / "nshards.txt").write_text("1")
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for index in range(20):
+            file = io.BytesIO()
+            Image.fromarray(picture(index)).save(file, "PNG")
+            for suffix, content in (("png", file.getvalue()), ("cls", str(index % 10).encode())):
+                info = tarfile.TarInfo(f"s{index}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    found = evaluate(
+        encoder(one_device), "eurosat", tasks=["zero_shot"], data_dir=str(tmp_path), options=QUICK
+    )["zero_shot"].predictions
+    assert [found.names[each] for each in found.target[:10]] == names

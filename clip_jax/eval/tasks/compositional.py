@@ -73,7 +73,7 @@ def _winoground(data: Data, folder: epath.Path, options: Options) -> Outcome:
     image = (own > scores[:, [1, 0], [0, 1]]).all(axis=1)
     hits = {"text_acc": text, "image_acc": image, "acc": text & image}
     statistics = {
-        name: functools.partial(weighted_mean, right.astype(np.float64))
+        name: functools.partial(weighted_mean, np.asarray(right, np.float64))
         for name, right in hits.items()
     }
     metrics, intervals = measured(statistics, len(rows), options)

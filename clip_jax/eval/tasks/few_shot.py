@@ -40,7 +40,7 @@ def few_shot(data: Data, options: Options) -> Outcome:
 
     def score(split: Split, linear) -> float:
         scores = linear.scores(split.features)
-        return everything(statistics_of(scores, split.target), len(scores))[metric]
+        return everything(statistics_of(scores, split.target, metric), len(scores))[metric]
 
     by_shots: dict[int, list[float]] = {}
     for shots in options.shots:
@@ -52,7 +52,9 @@ def few_shot(data: Data, options: Options) -> Outcome:
             best = max(range(len(tried)), key=lambda i: (score(rest, tried[i]), i))
             by_shots.setdefault(shots, []).append(score(test, tried[best]))
     whole = probe(train, validation, len(names), metric, options, data)
-    means: dict[float, float] = {shots: float(np.mean(values)) for shots, values in by_shots.items()}
+    means: dict[float, float] = {
+        shots: float(np.mean(values)) for shots, values in by_shots.items()
+    }
     means[len(pool.target) / len(names)] = score(test, whole.linear)
     zero = zero_shot(data, Options(intervals=False)).metrics[metric]
     worth = equivalent_shots(zero, np.array(list(means)), np.array(list(means.values())))

@@ -99,11 +99,28 @@ def _labels_of_classes(classes: Classes) -> Int[np.ndarray, " C"]:
 
 
 def statistics_of(
-    scores: Float[np.ndarray, "N C"], target: Int[np.ndarray, "N *labels"]
+    scores: Float[np.ndarray, "N C"], target: Int[np.ndarray, "N *labels"], metric: str
 ) -> dict[str, Statistic]:
-    """The metrics that fit: of several labels, of two classes, or of many."""
+    """The metrics that fit: of several labels, of two classes, or of many.
+
+    Args:
+        scores: of all classes.
+        target: as in `Targets`.
+        metric: the data set's; the mean of top-1 and top-5 is given where it is asked for only.
+
+    Raises:
+        DataError: the data set's metric is none of them.
+    """
     if target.ndim == 2:
-        return multilabel_statistics(scores, target)
-    if scores.shape[1] == 2:
-        return binary_statistics(scores, target)
-    return classification_statistics(scores, target)
+        found = multilabel_statistics(scores, target)
+    elif scores.shape[1] == 2:
+        found = binary_statistics(scores, target)
+    else:
+        found = classification_statistics(scores, target)
+    if metric not in found:
+        raise DataError(
+            f"{metric} cannot be had of {scores.shape[1]} classes and "
+            f"{'several labels' if target.ndim == 2 else 'one label'} an example; "
+            f"there are: {', '.join(found)}"
+        )
+    return {k: v for k, v in found.items() if k != "mean_acc1_acc5" or k == metric}

@@ -47,7 +47,7 @@ def linear_probe(data: Data, options: Options) -> Outcome:
     test, names, places, notes = test_split(data)
     found = probe(train, validation, len(names), data.dataset.entry.metric, options, data)
     scores = found.linear.scores(test.features)
-    statistics = statistics_of(scores, test.target)
+    statistics = statistics_of(scores, test.target, data.dataset.entry.metric)
     metrics, intervals = measured(statistics, len(scores), options, prefix="lp_")
     predictions = None
     if test.target.ndim == 1:
@@ -105,7 +105,7 @@ def probe(
 
     def score(strength: float) -> float:
         scores = fit_train(strength).scores(validation.features)
-        found = everything(statistics_of(scores, validation.target), len(scores))
+        found = everything(statistics_of(scores, validation.target, metric), len(scores))
         logging.info("linear probe: strength %.3g, %s %.4f", strength, metric, found[metric])
         return found[metric]
 

@@ -10,7 +10,7 @@ def zero_shot(data: Data, options: Options) -> Outcome:
     targets = find_targets(data.dataset, source, embedded)
     vectors = data.encoder.class_vectors(targets.entries, data.dataset.entry.templates)
     scores = embedded.image[targets.rows] @ vectors.T
-    statistics = statistics_of(scores, targets.target)
+    statistics = statistics_of(scores, targets.target, data.dataset.entry.metric)
     metrics, intervals = measured(statistics, len(scores), options)
     predictions = None
     if targets.target.ndim == 1:
