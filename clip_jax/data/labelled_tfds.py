@@ -104,7 +104,8 @@ def open_tfds(name: str, split: str, data_dir: str | None, labels: str = "") -> 
     decoders = {key: tfds.decode.SkipDecoding() for key in pictures}
 
     def examples() -> Iterator[Example]:
-        dataset = builder.as_dataset(split=split, decoders=decoders, shuffle_files=False)
+        reading = tfds.ReadConfig(try_autocache=False)  # it is read once
+        dataset = builder.as_dataset(split=split, decoders=decoders, read_config=reading)
         for number, example in enumerate(tfds.as_numpy(dataset)):
             image, label = take(example, features)
             yield Example(f"{name}:{split}, {number}", _constant(image), label, _captions(example))

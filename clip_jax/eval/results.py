@@ -23,6 +23,7 @@ from flax import nnx
 
 from clip_jax.eval.outcome import Outcome
 from clip_jax.eval.registry import EvalDataset
+from clip_jax.eval.tasks import TASKS
 from clip_jax.models import CLIP, available_models, model_config
 
 Row = dict[str, Any]
@@ -76,13 +77,18 @@ class Results:
             figure.savefig(file, format="png", dpi=110)
 
     def read(self) -> Iterator[tuple[str, Row, dict[str, Any]]]:
-        """Key, row and details of all results of all models."""
+        """Key, row and details of all results of all models, by model, data set and task."""
         rows = self.directory / "rows"
-        if not rows.exists():
-            return
-        for path in sorted(rows.glob("*.json"), key=lambda path: path.name):
-            details = self.directory / "details" / path.name
-            yield path.stem, json.loads(path.read_text()), json.loads(details.read_text())
+        paths = rows.glob("*.json") if rows.exists() else ()
+        order = [_TASK_NAMES.get(task, task) for task in TASKS]
+
+        def place(row: Row) -> tuple:
+            return row["pretrained"], row["dataset"], order.index(row["task"])
+
+        found = [(path.name, json.loads(path.read_text())) for path in paths]
+        for name, row in sorted(found, key=lambda each: place(each[1])):
+            details = json.loads((self.directory / "details" / name).read_text())
+            yield name.removesuffix(".json"), row, details
 
     def collect(self) -> None:
         """Writes results.json anew from all rows."""
