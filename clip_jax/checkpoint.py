@@ -8,8 +8,8 @@ WORKDIR/checkpoints/STEP/    params       the weights alone, so that a reader ne
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 from absl import logging
@@ -19,7 +19,10 @@ from orbax.checkpoint import v1 as ocp
 from clip_jax.errors import CheckpointError
 from clip_jax.models import CLIPConfig
 from clip_jax.preprocess import Preprocess
+from clip_jax.tokenizers import CLIP_BPE, TokenizerSpec
 from clip_jax.version import __version__
+
+T = TypeVar("T")
 
 FORMAT = 1
 _DIRECTORY = "checkpoints"
@@ -32,7 +35,7 @@ class ModelCard:
     model: CLIPConfig
     preprocess: Preprocess
     config: dict[str, Any]
-    tokenizer: str = "clip-bpe-49408"
+    tokenizer: TokenizerSpec = CLIP_BPE
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the versions that wrote it."""
@@ -41,7 +44,7 @@ class ModelCard:
             "format": FORMAT,
             "model": self.model.to_dict(),
             "preprocess": self.preprocess.to_dict(),
-            "tokenizer": self.tokenizer,
+            "tokenizer": self.tokenizer.to_dict(),
             "config": self.config,
             "versions": {"clip_jax": __version__}
             | {package: importlib.metadata.version(package) for package in packages},
@@ -58,7 +61,7 @@ class ModelCard:
             model=CLIPConfig.from_dict(values["model"]),
             preprocess=Preprocess.from_dict(values["preprocess"]),
             config=values["config"],
-            tokenizer=values["tokenizer"],
+            tokenizer=TokenizerSpec.from_dict(values["tokenizer"]),
         )
 
 
@@ -147,6 +150,39 @@ class Checkpoints:
         self._checkpointer.close()
 
 
+def save_weights(workdir: epath.PathLike, card: ModelCard, params: Any, batch_stats: Any) -> None:
+    """Writes weights alone, as step 0 of a workdir: what `load_params` reads.
+
+    Args:
+        workdir: local or gs://; without checkpoints.
+        card: of the model.
+        params: nested dicts of arrays.
+        batch_stats: likewise; {} where the model has none.
+
+    Raises:
+        CheckpointError: there are checkpoints already.
+    """
+    directory = epath.Path(workdir) / _DIRECTORY
+    if directory.exists():
+        raise CheckpointError(f"{directory} is there already; choose another folder")
+    parts = {"params": params, "batch_stats": batch_stats}
+    ocp.save_checkpointables(
+        directory / "0",
+        {name: part for name, part in parts.items() if part},
+        custom_metadata={"card": card.to_dict()},
+    )
+
+
+def holds_checkpoint(path: epath.PathLike) -> bool:
+    """Whether `load_params` would find something to read there."""
+    return next(_candidates(epath.Path(path)), None) is not None
+
+
+def load_card(path: epath.PathLike) -> ModelCard:
+    """The card of the newest readable checkpoint; arguments and errors as `load_params`."""
+    return _newest(path, lambda candidate: ModelCard.from_dict(_read_metadata(candidate)["card"]))
+
+
 def load_params(path: epath.PathLike) -> tuple[ModelCard, Any, Any]:
     """The weights of the newest readable checkpoint, on the default device.
 
@@ -160,14 +196,23 @@ def load_params(path: epath.PathLike) -> tuple[ModelCard, Any, Any]:
     Raises:
         CheckpointError: no checkpoint there, or none that can be read.
     """
+
+    def read(candidate: epath.Path) -> tuple[ModelCard, Any, Any]:
+        card = ModelCard.from_dict(_read_metadata(candidate)["card"])
+        held = ocp.checkpointables_metadata(candidate).metadata
+        wanted = {name: held[name] for name in ("params", "batch_stats") if name in held}
+        arrays = ocp.load_checkpointables(candidate, jax.tree.map(_on_default_device, wanted))
+        return card, arrays["params"], arrays.get("batch_stats", {})
+
+    return _newest(path, read)
+
+
+def _newest(path: epath.PathLike, read: Callable[[epath.Path], T]) -> T:
+    """What `read` gives for the newest checkpoint that it can read."""
     failures = []
     for candidate in _candidates(epath.Path(path)):
         try:
-            card = ModelCard.from_dict(_read_metadata(candidate)["card"])
-            held = ocp.checkpointables_metadata(candidate).metadata
-            wanted = {name: held[name] for name in ("params", "batch_stats") if name in held}
-            arrays = ocp.load_checkpointables(candidate, jax.tree.map(_on_default_device, wanted))
-            return card, arrays["params"], arrays.get("batch_stats", {})
+            return read(candidate)
         except Exception as error:  # whatever Orbax meets in a damaged directory
             logging.error("checkpoint %s cannot be read (%s)", candidate, _first_line(error))
             failures.append(f"{candidate}: {_first_line(error)}")

@@ -16,7 +16,7 @@ import html
 import itertools
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import ftfy
@@ -56,12 +56,16 @@ class Tokenizer:
 
     An instance may be shared between threads and pickled.
 
+    Args:
+        context_length: of the batches, unless a call says otherwise.
+
     Raises:
         FileNotFoundError, ValueError: the vocabulary file is missing, or damaged.
     """
 
-    def __init__(self) -> None:
-        symbols, merges = _load_vocabulary()
+    def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
+        self.context_length = context_length
+        symbols, merges = load_vocabulary()
         byte_of_char = {char: byte for byte, char in _alphabet().items()}
         self._bytes_of_id = [
             bytes(map(byte_of_char.__getitem__, symbol)) for symbol in [*symbols, *SPECIAL_TOKENS]
@@ -80,7 +84,7 @@ class Tokenizer:
             TypeError: ``text`` is not a string.
         """
         if not isinstance(text, str):
-            raise TypeError(f"expected a string to tokenize, got {_describe(text)}")
+            raise TypeError(f"expected a string to tokenize, got {describe(text)}")
         chunks = _clean(text).lower().split()
         return list(itertools.chain.from_iterable(map(self._ids_of_chunk.__getitem__, chunks)))
 
@@ -102,40 +106,57 @@ class Tokenizer:
     def __call__(
         self,
         texts: str | Sequence[str],
-        context_length: int = CONTEXT_LENGTH,
+        context_length: int | None = None,
         truncate: bool = False,
     ) -> np.ndarray:
         """Returns int32 [B, T]: each row SOT, the ids of one text, EOT, and zeros.
 
         Args:
             texts: B texts, or one (then B is 1).
-            context_length: T, at least 2.
+            context_length: T, at least 2; default: the tokenizer's.
             truncate: cut texts of more than T tokens so that EOT is the last, instead of raising.
 
         Raises:
             TypeError: ``texts`` is neither a string nor a sequence of strings.
             ValueError: a text is too long and ``truncate`` is false, or T is less than 2.
         """
-        if context_length < 2:
-            raise ValueError(f"expected context_length >= 2 (SOT and EOT), got {context_length}")
-        if isinstance(texts, str):
-            texts = [texts]
-        elif isinstance(texts, bytes) or not isinstance(texts, Iterable):
-            raise TypeError(f"expected a string or a sequence of strings, got {_describe(texts)}")
-        texts = list(texts)
-        rows = [self.encode(text) for text in texts]
-        out = np.zeros((len(rows), context_length), np.int32)
-        for i, ids in enumerate(rows):
-            if len(ids) + 2 > context_length:
-                if not truncate:
-                    raise ValueError(
-                        f"text {i}, {reprlib.repr(texts[i])}, has {len(ids) + 2} tokens with SOT "
-                        f"and EOT, but the context length is {context_length}: "
-                        "pass truncate=True to cut it"
-                    )
-                del ids[context_length - 2 :]
-            out[i, : len(ids) + 2] = [SOT, *ids, EOT]
-        return out
+        length = self.context_length if context_length is None else context_length
+        return batch_rows(self.encode, texts, length, truncate, (SOT,), (EOT,), pad=0)
+
+
+def batch_rows(
+    encode: Callable[[str], list[int]],
+    texts: str | Sequence[str],
+    context_length: int,
+    truncate: bool,
+    start: tuple[int, ...],
+    end: tuple[int, ...],
+    pad: int,
+) -> np.ndarray:
+    """Rows of start, ids, end and padding; `Tokenizer.__call__` says what is raised."""
+    special = len(start) + len(end)
+    if context_length < special:
+        raise ValueError(
+            f"expected context_length >= {special} (the special tokens), got {context_length}"
+        )
+    if isinstance(texts, str):
+        texts = [texts]
+    elif isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise TypeError(f"expected a string or a sequence of strings, got {describe(texts)}")
+    texts = list(texts)
+    rows = [encode(text) for text in texts]
+    out = np.full((len(rows), context_length), pad, np.int32)
+    for i, ids in enumerate(rows):
+        if len(ids) + special > context_length:
+            if not truncate:
+                raise ValueError(
+                    f"text {i}, {reprlib.repr(texts[i])}, has {len(ids) + special} tokens with "
+                    f"the special ones, but the context length is {context_length}: "
+                    "pass truncate=True to cut it"
+                )
+            del ids[context_length - special :]
+        out[i, : len(ids) + special] = [*start, *ids, *end]
+    return out
 
 
 def tokenize(
@@ -228,7 +249,7 @@ def _alphabet() -> dict[int, str]:
     return {b: chr(b) for b in visible} | {b: chr(0x100 + i) for i, b in enumerate(others)}
 
 
-def _load_vocabulary() -> tuple[list[str], dict[tuple[int, int], int]]:
+def load_vocabulary() -> tuple[list[str], dict[tuple[int, int], int]]:
     """Returns the symbol of each id below SOT, and (id, id) -> the id they merge into."""
     packed = MERGES_PATH.read_bytes()
     digest = hashlib.sha256(packed).hexdigest()
@@ -250,5 +271,6 @@ def _load_vocabulary() -> tuple[list[str], dict[tuple[int, int], int]]:
     return symbols, merges
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """Type and value, short, for messages."""
     return f"{type(value).__name__} {reprlib.repr(value)}"

@@ -12,6 +12,8 @@ FLOORS = [
     {
         "models",
         "tokenizer",
+        "tokenizers",
+        "weights",
         "preprocess",
         "losses",
         "optim",
@@ -22,7 +24,7 @@ FLOORS = [
     },
     {"data", "checkpoint"},
     {"loading", "training"},
-    {"eval"},
+    {"eval", "convert"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEWCOMERS_PATH = [

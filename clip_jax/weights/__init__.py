@@ -1,0 +1,1 @@
+"""Published weights: mapping tables, and the files they are in."""

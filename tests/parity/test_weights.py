@@ -1,0 +1,402 @@
+"""Weights of open_clip, Transformers and big_vision, loaded here and there: the same embeddings.
+
+Random weights, float32, highest matmul precision. As a script (needs torch) it records the files
+and embeddings that the plain tests compare with:
+
+    python -m tests.parity.test_weights --record
+"""
+
+import gc
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import clip_jax
+from clip_jax.convert import convert
+from clip_jax.loading import read_weights
+from clip_jax.tokenizer import EOT, SOT
+from clip_jax.weights import big_vision, open_clip, openai
+from clip_jax.weights.mapping import Tensors, read
+from clip_jax.weights.source import abstract_model, entries, nest, to_tensors
+from tests.weights.small import SIGLIP, random_arrays
+
+torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
+theirs = pytest.importorskip("open_clip", reason="needs open_clip: pip install -e '.[parity]'")
+transformers = pytest.importorskip(
+    "transformers", reason="needs transformers: pip install -e '.[parity]'"
+)
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "weights"
+TOLERANCE = 1e-5  # relative, of a whole batch of embeddings
+OPENAI = ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64"]
+OPENAI += ["ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"]
+BIG = {"RN50x16", "RN50x64", "ViT-L/14", "ViT-L/14@336px"}
+
+SMALL_TEXT = {"width": 64, "heads": 1, "layers": 2, "context_length": 9, "vocab_size": 50}
+SMALL = {
+    "vit": {
+        "embed_dim": 24,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": 32, "patch_size": 8, "width": 128, "layers": 3, "mlp_ratio": 2.0
+        },
+        "text_cfg": SMALL_TEXT,
+    },
+    "vit, gelu, wide heads": {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 32, "patch_size": 8, "width": 160, "layers": 2, "head_width": 80,
+            "mlp_ratio": 4.9231,
+        },
+        "text_cfg": SMALL_TEXT | {"act_kwargs": {"approximate": "tanh"}},
+    },
+    "vit, mean pooled": {
+        "embed_dim": 24,
+        "vision_cfg": {
+            "image_size": 32, "patch_size": 8, "width": 128, "layers": 2, "pool_type": "avg",
+            "final_ln_after_pool": True, "no_ln_pre": True,
+        },
+        "text_cfg": SMALL_TEXT | {"pool_type": "last", "no_causal_mask": True},
+    },
+    "resnet": {
+        "embed_dim": 24,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 64, "width": 16, "layers": [1, 2, 3, 1], "head_width": 64},
+        "text_cfg": SMALL_TEXT,
+    },
+}  # fmt: skip
+
+
+def perturbed(model):
+    """Away from zeros and ones, which hide mistakes; in evaluation mode."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(0.2 * torch.rand_like(buffer))
+    return model.eval()
+
+
+def their_model(config):
+    config = json.loads(json.dumps(config))
+    torch.manual_seed(0)
+    kind = theirs.model.CustomTextCLIP if config.pop("custom_text", False) else theirs.model.CLIP
+    return perturbed(kind(**config))
+
+
+def inputs(config, batch=2):
+    """Normalised pictures, and tokens whose end of text is the largest id."""
+    random = np.random.default_rng(0)
+    size, text = config.vision.image_size, config.text
+    images = random.normal(size=(batch, size, size, 3)).astype(np.float32)
+    end = EOT if text.vocab_size > EOT else text.vocab_size - 1
+    tokens = random.integers(1, min(end, SOT), (batch, text.context_length)).astype(np.int32)
+    if text.pool == "eot":
+        for row in range(batch):
+            at = text.context_length - 1 - 3 * row
+            tokens[row, at], tokens[row, at + 1 :] = end, 0
+    return images, tokens
+
+
+@jax.jit
+def embeddings(model, images, tokens):
+    with jax.default_matmul_precision("highest"):
+        return model.encode_image(images), model.encode_text(tokens)
+
+
+def relative(found, expected):
+    return np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected)
+
+
+def assert_agrees(ours, model, batch=2):
+    """The embeddings of open_clip's `model`; returns the larger relative difference."""
+    images, tokens = inputs(ours.config, batch)
+    with torch.no_grad():
+        image = model.encode_image(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+        text = model.encode_text(torch.tensor(tokens, dtype=torch.long)).numpy()
+    found = embeddings(ours, images, tokens)
+    differences = [relative(a, b) for a, b in zip(found, (image, text), strict=True)]
+    assert max(differences) < TOLERANCE
+    return max(differences)
+
+
+def in_memory(model):
+    """A torch model as a file that is open."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return Tensors("a model", shapes, lambda name: state[name].numpy())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name in BIG else []) for name in OPENAI],
+)
+def test_the_models_of_the_paper_embed_as_open_clips(name, record_property):
+    their_name = name.replace("@336px", "-336").replace("/", "-") + "-quickgelu"
+    described = theirs.get_model_config(their_name)
+    config, _, _ = open_clip.read_config({"model_cfg": described, "preprocess_cfg": {}}, name)
+    assert config == clip_jax.models.model_config(name)
+    model = their_model(described)
+    tensors = in_memory(model)
+    table = entries(open_clip.rules(config, custom_text=False, timm=False), config)
+    arrays = dict(open_clip_read(table, tensors))
+    ours = built(config, arrays)
+    difference = assert_agrees(ours, model, batch=1 if name in BIG else 2)
+    record_property("relative difference", float(difference))
+    print(f"{name}: {difference:.2g}")
+    del model, ours, arrays, tensors
+    gc.collect()
+    jax.clear_caches()
+
+
+def open_clip_read(table, tensors):
+    return read(table, tensors, openai.IGNORED)
+
+
+def built(config, arrays):
+    graphdef, *parts = abstract_model(config)
+    params, statistics = (nest({path: arrays[path] for path in part}) for part in parts)
+    return nnx.merge(graphdef, params, statistics)
+
+
+def save_open_clip(folder, config, model, form):
+    folder.mkdir(exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    values = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(values))
+    if form == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file(state, folder / "open_clip_model.safetensors")
+    elif form == "bin":
+        torch.save(state, folder / "open_clip_pytorch_model.bin")
+    elif form == "legacy":
+        path = folder / "open_clip_pytorch_model.bin"
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    else:  # what open_clip's training leaves
+        state = {f"module.{name}": tensor for name, tensor in state.items()}
+        optimizer = torch.optim.AdamW(model.parameters()).state_dict()
+        whole = {"epoch": 3, "name": "a run", "state_dict": state, "optimizer": optimizer}
+        torch.save(whole, folder / "epoch_3.pt")
+    return folder
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("form", ["safetensors", "bin", "legacy", "checkpoint"])
+def test_every_form_of_open_clips_files(name, form, tmp_path):
+    if form != "safetensors" and name not in ("vit", "resnet"):
+        pytest.skip("the forms differ in the files, not in the architecture")
+    model = their_model(SMALL[name])
+    ours, preprocess = clip_jax.load(save_open_clip(tmp_path / "a", SMALL[name], model, form))
+    assert preprocess.mean == (0.5, 0.5, 0.5)
+    assert_agrees(ours, model)
+
+
+def halved(model):
+    """Weights that half precision holds exactly."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half().float())
+    return model
+
+
+def save_torchscript(path, model, config):
+    """An archive with the names, constants and half precision of OpenAI's."""
+    size, context = config["vision_cfg"]["image_size"], config["text_cfg"]["context_length"]
+    vocabulary = config["text_cfg"]["vocab_size"]
+    constants = {
+        "input_resolution": size,
+        "context_length": context,
+        "vocab_size": vocabulary,
+    }
+    for name, value in constants.items():
+        if hasattr(model, name):
+            delattr(model, name)
+        model.register_buffer(name, torch.tensor(value))
+    methods = {
+        "encode_image": (torch.zeros(1, 3, size, size),),
+        "encode_text": (torch.zeros(1, context, dtype=torch.long),),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, the released archives are not
+        archive = torch.jit.trace_module(model, methods, check_trace=False)
+        for parameter in archive.parameters():
+            parameter.data = parameter.data.half()
+        torch.jit.save(archive, path)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_a_torchscript_archive_is_read_without_running_it(name, tmp_path, monkeypatch):
+    path = tmp_path / "whatever.bin"
+    save_torchscript(path, halved(their_model(SMALL[name])), SMALL[name])
+    with monkeypatch.context() as without:
+        without.setattr(torch.jit, "load", None)
+        without.setattr(torch, "load", None)
+        ours, preprocess = clip_jax.load(path)
+    assert preprocess == clip_jax.Preprocess(SMALL[name]["vision_cfg"]["image_size"])
+    assert ours.config.text.activation == "quick_gelu"
+    assert_agrees(ours, halved(their_model(SMALL[name])))
+
+
+def transformers_model(name):
+    common = {"num_hidden_layers": 2, "intermediate_size": 96, "hidden_size": 48}
+    vision = common | {"num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+    text = common | {"num_attention_heads": 4, "max_position_embeddings": 8, "vocab_size": 60}
+    special = {"bos_token_id": 1, "eos_token_id": 59, "pad_token_id": 59}
+    torch.manual_seed(0)
+    if name == "clip":
+        config = transformers.CLIPConfig(
+            text_config=text | special | {"hidden_act": "gelu"},
+            vision_config=vision,
+            projection_dim=24,
+        )
+        return perturbed(transformers.CLIPModel(config))
+    config = transformers.SiglipConfig(text_config=text | special, vision_config=vision)
+    return perturbed(transformers.SiglipModel(config))
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("shards", [False, True])
+def test_transformers_folders(name, shards, tmp_path):
+    model = transformers_model(name)
+    model.save_pretrained(tmp_path, max_shard_size="20KB" if shards else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == shards
+    ours, _ = clip_jax.load(tmp_path)
+    images, tokens = inputs(ours.config)
+    with torch.no_grad():
+        found = model(
+            pixel_values=torch.tensor(images.transpose(0, 3, 1, 2)),
+            input_ids=torch.tensor(tokens, dtype=torch.long),
+        )
+    image, text = embeddings(ours, images, tokens)
+    assert relative(l2(image), found.image_embeds.numpy()) < TOLERANCE
+    assert relative(l2(text), found.text_embeds.numpy()) < TOLERANCE
+    with jax.default_matmul_precision("highest"):
+        per_image, per_text = ours(images, tokens)
+    assert relative(per_image, found.logits_per_image.numpy()) < TOLERANCE
+    assert relative(per_text, found.logits_per_text.numpy()) < TOLERANCE
+
+
+def l2(x):
+    x = np.asarray(x)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_transformers_loads_what_convert_writes_without_a_word(name, tmp_path, caplog):
+    model = transformers_model(name)
+    model.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "ours", "clip_jax")
+    convert(tmp_path / "ours", tmp_path / "back", "transformers")
+    caplog.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+    assert not any(info.values())
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_open_clip_loads_what_convert_writes(name, tmp_path):
+    model = their_model(SMALL[name])
+    save_open_clip(tmp_path / "source", SMALL[name], model, "safetensors")
+    convert(tmp_path / "source", tmp_path / "ours", "clip_jax")
+    convert(tmp_path / "ours", tmp_path / "back", "open_clip")
+    again, preprocess = theirs.create_model_from_pretrained(f"local-dir:{tmp_path / 'back'}")
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    for key, tensor in again.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(tensor, state[key]), key
+    assert preprocess.transforms[-1].mean == [0.5] * 3
+    images, tokens = inputs(read_weights(tmp_path / "ours").config)
+    again.eval()
+    with torch.no_grad():
+        pixels = torch.tensor(images.transpose(0, 3, 1, 2))
+        assert torch.equal(again.encode_image(pixels), model.encode_image(pixels))
+        ids = torch.tensor(tokens, dtype=torch.long)
+        assert torch.equal(again.encode_text(ids), model.encode_text(ids))
+
+
+class Siglip(torch.nn.Module):
+    """open_clip's SigLIP, with towers of the size of `tests.weights.small.SIGLIP`."""
+
+    def __init__(self):
+        import timm
+
+        super().__init__()
+        vision, text = SIGLIP.vision, SIGLIP.text
+        self.visual = torch.nn.Module()
+        self.visual.trunk = timm.models.VisionTransformer(
+            img_size=vision.image_size,
+            patch_size=vision.patch_size,
+            embed_dim=vision.width,
+            depth=vision.layers,
+            num_heads=vision.heads,
+            mlp_ratio=vision.mlp_ratio,
+            act_layer="gelu_tanh",
+            class_token=False,
+            global_pool="map",
+            num_classes=0,
+        )
+        self.text = theirs.transformer.TextTransformer(
+            context_length=text.context_length,
+            vocab_size=text.vocab_size,
+            width=text.width,
+            heads=text.heads,
+            layers=text.layers,
+            mlp_ratio=text.mlp_ratio,
+            output_dim=SIGLIP.embed_dim,
+            no_causal_mask=True,
+            pool_type="last",
+            proj_bias=True,
+            act_layer=lambda: torch.nn.GELU(approximate="tanh"),
+            norm_layer=lambda width: torch.nn.LayerNorm(width, eps=1e-6),
+        )
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.logit_bias = torch.nn.Parameter(torch.tensor(-9.0))
+
+    def encode_image(self, images):
+        return self.visual.trunk(images)
+
+    def encode_text(self, tokens):
+        return self.text(tokens)
+
+
+@pytest.mark.parametrize("prefix", ["", "params/"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_big_visions_files_are_read_as_open_clip_reads_them(prefix, stacked, tmp_path):
+    form = (
+        {f"{tower}/encoderblock/LayerNorm_0/scale": () for tower in BIG_VISION} if stacked else {}
+    )
+    tensors = to_tensors(big_vision.rules(form), SIGLIP, random_arrays(SIGLIP))
+    path = tmp_path / "siglip.npz"
+    np.savez(path, **{prefix + name: tensor for name, tensor in tensors.items()})
+    model = Siglip().eval()
+    theirs.convert.load_big_vision_weights(model, str(path))
+    ours, preprocess = clip_jax.load(path)
+    assert ours.config == SIGLIP
+    assert preprocess.mean == (0.5, 0.5, 0.5)
+    assert_agrees(ours, model)
+    assert float(ours.logit_scale[...]) == model.logit_scale.item()
+    assert float(ours.logit_bias[...]) == model.logit_bias.item()
+
+
+BIG_VISION = ("img/Transformer", "txt/Encoder_0")
+
+
+def test_timms_names_of_siglip_are_read_as_open_clip_writes_them():
+    model = perturbed(Siglip())
+    rules = open_clip.rules(SIGLIP, custom_text=True, timm=True)
+    arrays = dict(open_clip_read(entries(rules, SIGLIP), in_memory(model)))
+    assert_agrees(built(SIGLIP, arrays), model)
