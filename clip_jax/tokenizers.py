@@ -3,10 +3,10 @@
 import dataclasses
 import string
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from etils import epath
 
 from clip_jax.errors import WeightsError
 from clip_jax.tokenizer import Tokenizer, batch_rows, describe
@@ -36,11 +36,11 @@ class TokenizerSpec:
         """SigLIP's: the first version pads with end of text, the second (Gemma's) with <pad>."""
         return cls("sentencepiece", file, clean, pad=0 if vocab_size == GEMMA_VOCAB_SIZE else 1)
 
-    def load(self, directory: Path | None, context_length: int) -> "AnyTokenizer":
+    def load(self, directory: epath.PathLike | None, context_length: int) -> "AnyTokenizer":
         """The tokenizer itself.
 
         Args:
-            directory: where `file` lies.
+            directory: where `file` lies, local or gs://; None: `file` is a path by itself.
             context_length: of the model.
 
         Raises:
@@ -53,7 +53,7 @@ class TokenizerSpec:
                 "the model reads the tokens of a SentencePiece model, and its file is not beside "
                 "the weights: pass its path (SigLIP's is called spiece.model or tokenizer.model)"
             )
-        path = Path(self.file) if directory is None else directory / self.file
+        path = epath.Path(directory or "") / self.file
         return SentencePieceTokenizer(path, context_length, self.clean, self.pad)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,17 +84,18 @@ class SentencePieceTokenizer:
         WeightsError: the file is missing or damaged, or the package `sentencepiece` is missing.
     """
 
-    def __init__(self, path: Path, context_length: int, clean: Clean, pad: int) -> None:
+    def __init__(self, path: epath.PathLike, context_length: int, clean: Clean, pad: int) -> None:
         try:
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
             raise WeightsError(
                 f"{path} needs the package sentencepiece: pip install 'clip-nnx[sentencepiece]'"
             ) from error
-        if not path.is_file():
+        path = epath.Path(path)
+        if not path.exists():
             raise WeightsError(f"no SentencePiece model at {path}")
         try:
-            self._model = SentencePieceProcessor(model_file=str(path))
+            self._model = SentencePieceProcessor(model_proto=path.read_bytes())
         except (RuntimeError, OSError) as error:
             raise WeightsError(f"{path} is no SentencePiece model: {error}") from error
         self.context_length, self._clean, self._pad = context_length, clean, pad

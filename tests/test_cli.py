@@ -136,7 +136,7 @@ def test_ctrl_c_saves_says_so_and_exits_with_130(tmp_path, data_dir):
         ),
         (
             ["-m", "clip_jax.eval", "--model=no/such/workdir", "--dataset=glyphs"],
-            "CheckpointError: no checkpoint in no/such/workdir",
+            "WeightsError: nothing at no/such/workdir",
         ),
     ],
 )

@@ -206,8 +206,13 @@ def _timm_config(values: Mapping[str, Any], where: str) -> ViTConfig:
     )
 
 
+_TEXT_POOLS: dict[str, Literal["eot", "last"]] = {"argmax": "eot", "last": "last"}
+
+
 def _text_config(section: Reader, quick: bool) -> tuple[TextConfig, TokenizerSpec]:
     pool = section.take("pool_type", "argmax")
+    if pool not in _TEXT_POOLS:
+        raise WeightsError(f"text_cfg: this program has nothing for pool_type={pool!r}")
     config = TextConfig(
         width=section.take("width", 512),
         heads=section.take("heads", 8),
@@ -216,14 +221,12 @@ def _text_config(section: Reader, quick: bool) -> tuple[TextConfig, TokenizerSpe
         vocab_size=section.take("vocab_size", 49408),
         mlp_ratio=section.take("mlp_ratio", 4.0),
         activation=_activation(section, quick),
-        pool={"argmax": "eot", "last": "last"}.get(pool, pool),
+        pool=_TEXT_POOLS[pool],
         causal=not section.take("no_causal_mask", False),
         projection=section.take("proj_type", "linear") != "none",
         projection_bias=section.take("proj_bias", False),
         norm_epsilon=_epsilon(section),
     )
-    if config.pool not in ("eot", "last"):
-        raise WeightsError(f"text_cfg: this program has nothing for pool_type={pool!r}")
     tokenizer = TokenizerSpec()
     if section.take("hf_tokenizer_name", ""):
         arguments = section.section("tokenizer_kwargs")

@@ -6,6 +6,7 @@ and embeddings that the plain tests compare with:
     python -m tests.parity.test_weights --record
 """
 
+import argparse
 import gc
 import json
 import logging
@@ -400,3 +401,40 @@ def test_timms_names_of_siglip_are_read_as_open_clip_writes_them():
     rules = open_clip.rules(SIGLIP, custom_text=True, timm=True)
     arrays = dict(open_clip_read(entries(rules, SIGLIP), in_memory(model)))
     assert_agrees(built(SIGLIP, arrays), model)
+
+
+def record():
+    """Writes the goldens anew: files in the formats of other programs, and what those embed."""
+    GOLDENS.mkdir(exist_ok=True)
+    expected = {}
+    for name in ("vit", "resnet"):
+        config = json.loads(json.dumps(SMALL[name]))
+        if name == "vit":
+            config["vision_cfg"] |= {"layers": 1}
+        else:
+            config["vision_cfg"] |= {"layers": [1, 2, 1, 1], "width": 4}
+        config["text_cfg"] |= {"layers": 1}
+        model = halved(their_model(config))
+        with torch.no_grad():
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(buffer.half().float())
+        described, _, _ = open_clip.read_config({"model_cfg": config, "preprocess_cfg": {}}, "")
+        images, tokens = inputs(described)
+        with torch.no_grad():
+            image = model.encode_image(torch.tensor(images.transpose(0, 3, 1, 2)))
+            text = model.encode_text(torch.tensor(tokens, dtype=torch.long))
+        expected |= {f"{name}/image": image.numpy(), f"{name}/text": text.numpy()}
+        if name == "vit":
+            save_torchscript(GOLDENS / "vit_torchscript.pt", model, config)
+        else:
+            state = {key: tensor.half() for key, tensor in model.state_dict().items()}
+            torch.save({"state_dict": state}, GOLDENS / "resnet_state_dict.pt")
+    np.savez(GOLDENS / "embeddings.npz", **expected)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", required=True)
+    parser.parse_args()
+    record()
