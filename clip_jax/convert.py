@@ -27,7 +27,7 @@ _TO = flags.DEFINE_enum(
     "to", None, ["transformers", "open_clip", "clip_jax"], "The form to convert to."
 )
 _MODEL = flags.DEFINE_string("model", None, "The model's name, where SOURCE does not say it.")
-flags.FLAGS.verbosity = logging.WARNING  # --verbosity=0: what the libraries say, too
+flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
 flags.mark_flags_as_required(["to"])
 
 SPELLINGS = dict(zip(("<|startoftext|>", "<|endoftext|>"), SPECIAL_TOKENS.values(), strict=True))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import clip_jax
+from clip_jax.checkpoint import load_params
 from clip_jax.errors import CheckpointError, ConfigError, DataError
 from clip_jax.training.loop import Interrupted, train
 from clip_jax.training.metrics import read_metrics
