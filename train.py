@@ -20,7 +20,8 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "For checkpoints, logs and plots, local or gs://; default: runs/RECIPE."
 )
 
-flags.FLAGS.verbosity = logging.WARNING  # --verbosity=0: what the libraries say, too
+# --verbosity=0: what the libraries say, too
+flags.FLAGS.verbosity = logging.WARNING  # type: ignore[assignment]
 
 
 def main(_: list[str]) -> None:
