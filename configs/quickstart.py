@@ -10,9 +10,9 @@ Result: zero-shot top-1 37.8 % (37.3, 37.7, 38.6 for seeds 0, 1, 2) and top-5 65
     reach 40.8 % (40.5, 40.5, 41.5).
 
 What made the difference, in trials of one seed and 2,400 steps: normalising with the data's own
-mean (4.5 -> 7.3 % after 400 steps; white paper must be near zero), crops that cut little (0.8: 33.0 %,
-0.9: 38.3 %, 0.94: 40.5 %), a rate below 2e-3 (5e-3 does not learn), one text layer instead of two
-(faster and no worse). Batches of a single face learn more slowly.
+mean (4.5 -> 7.3 % after 400 steps; white paper must be near zero), crops that cut little (0.8: 33.0
+%, 0.9: 38.3 %, 0.94: 40.5 %), a rate below 2e-3 (5e-3 does not learn), one text layer instead of
+two (faster and no worse). Batches of a single face learn more slowly.
 """
 
 from clip_jax.config import default_config
