@@ -97,7 +97,7 @@ def executed(tmp_path_factory):
         CHANGES=QUICK,
     )
     variables = (
-        "{'metrics': metrics, 'chance': chance, 'matrices': np.array(matrices).tolist(),"
+        "{'metrics': found.metrics, 'chance': chance, 'matrices': np.array(matrices).tolist(),"
         " 'loaded': model.config.to_dict()}"
     )
     notebook.cells.append(
