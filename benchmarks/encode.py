@@ -116,10 +116,10 @@ def main() -> None:
                 own, other = race((us[what], them[what]), args.seconds)
                 ratios = [b / a for a, b in zip(own, other, strict=True)]
                 low, mid, high = statistics.quantiles(ratios, n=4)
+                per_second = [f"{batch / statistics.median(taken):,.1f}" for taken in (other, own)]
+                spread = f"{mid:.2f} ({low:.2f} to {high:.2f})"
                 print(
-                    f"| {name} | {batch} | {what} | {batch / statistics.median(other):,.1f} "
-                    f"| {batch / statistics.median(own):,.1f} | {mid:.2f} ({low:.2f} to {high:.2f}) |",
-                    flush=True,
+                    "|", " | ".join([name, str(batch), what, *per_second, spread]), "|", flush=True
                 )
 
 
