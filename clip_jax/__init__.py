@@ -4,10 +4,18 @@
 >>> logits_per_image, logits_per_text = model(preprocess(picture)[None], clip_jax.tokenize(texts))
 """
 
-from clip_jax.loading import load
+from clip_jax.loading import load, load_tokenizer
 from clip_jax.models import CLIP, available_models
 from clip_jax.preprocess import Preprocess
 from clip_jax.tokenizer import tokenize
 from clip_jax.version import __version__
 
-__all__ = ["CLIP", "Preprocess", "__version__", "available_models", "load", "tokenize"]
+__all__ = [
+    "CLIP",
+    "Preprocess",
+    "__version__",
+    "available_models",
+    "load",
+    "load_tokenizer",
+    "tokenize",
+]
