@@ -5,7 +5,7 @@
 """
 
 from clip_jax.loading import load, load_tokenizer
-from clip_jax.models import CLIP, available_models
+from clip_jax.models import CLIP, available_models, create_model
 from clip_jax.preprocess import Preprocess
 from clip_jax.tokenizer import tokenize
 from clip_jax.version import __version__
@@ -15,6 +15,7 @@ __all__ = [
     "Preprocess",
     "__version__",
     "available_models",
+    "create_model",
     "load",
     "load_tokenizer",
     "tokenize",

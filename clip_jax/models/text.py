@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from clip_jax.errors import ConfigError
 from clip_jax.models.layers import Activation, LayerNorm, normal, symmetric_uniform
 from clip_jax.models.transformer import BlockInit, BlockSpec, Remat, Transformer
 
@@ -39,7 +40,11 @@ class TextConfig:
 
 
 class TextTransformer(nnx.Module):
-    """Token ids -> embeddings."""
+    """Token ids -> embeddings.
+
+    Raises:
+        ConfigError: the parts do not fit.
+    """
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class TextTransformer(nnx.Module):
         unroll: int,
         rngs: nnx.Rngs,
     ):
+        _check(config, embed_dim)
         width, mlp_width = config.width, int(config.width * config.mlp_ratio)
         self.config = config
         self.dtype = dtype
@@ -123,3 +129,13 @@ class TextTransformer(nnx.Module):
         x_BTD = x_BTD + self.position_embedding[:length].astype(self.dtype)
         x_BTD = self.transformer(x_BTD, layer)
         return self.ln_final(x_BTD) if final_norm else x_BTD
+
+
+def _check(config: TextConfig, embed_dim: int) -> None:
+    if config.pool not in ("eot", "last"):
+        raise ConfigError(f"text.pool {config.pool!r}: choose one of eot, last")
+    if not config.projection and config.width != embed_dim:
+        raise ConfigError(
+            f"text.projection=False makes the width the embedding: expected embed_dim "
+            f"{config.width}, got {embed_dim}"
+        )

@@ -185,6 +185,11 @@ class VisionTransformer(nnx.Module):
         return self.ln_post(x_BND) if final_norm else x_BND
 
 
+def patches_kept(patches: int, share: float) -> int:
+    """How many patches are left when `share` of them is dropped: at least one."""
+    return max(1, int(patches * (1 - share)))
+
+
 def drop_patches(
     x_BND: Float[Array, "B N D"], image_keys: Array | None, share: float
 ) -> Float[Array, "B M D"]:
@@ -201,7 +206,7 @@ def drop_patches(
     if image_keys is None:
         raise ValueError("patch dropout needs Training.image_keys, a random key for each image")
     patches = x_BND.shape[1]
-    kept = max(1, int(patches * (1 - share)))
+    kept = patches_kept(patches, share)
     scores_BN = jax.vmap(lambda key: jax.random.uniform(key, (patches,)))(image_keys)
     kept_BM = jax.lax.top_k(scores_BN, kept)[1]
     return jnp.take_along_axis(x_BND, kept_BM[:, :, None], axis=1)

@@ -1,6 +1,7 @@
 """The towers: exact sizes, an independent NumPy implementation, and what must not matter."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -10,9 +11,11 @@ import pytest
 from flax import nnx
 
 from clip_jax.errors import ConfigError
-from clip_jax.models import CLIP, CLIPConfig, TextConfig, ViTConfig, available_models, model_config
-from clip_jax.models.positions import resize_position_embedding
+from clip_jax.models import CLIP, CLIPConfig, TextConfig, Training, ViTConfig, model_config
+from clip_jax.models.vit import drop_patches
 from clip_jax.tokenizer import EOT, SOT
+from tests.models.reference import Reference
+from tests.models.seeded import seeded
 
 TINY = CLIPConfig(
     embed_dim=24,
@@ -21,14 +24,17 @@ TINY = CLIPConfig(
 )
 
 
-def tiny_model(config=TINY, seed=0, **kwargs):
-    model = CLIP(config, rngs=nnx.Rngs(seed), **kwargs)
-    # Biases and gains start at zero and one, which would hide mistakes: move everything.
-    leaves, structure = jax.tree.flatten(nnx.state(model))
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    nnx.update(model, jax.tree.unflatten(structure, moved))
-    return model
+def replaced(vision=None, text=None, **whole):
+    return dataclasses.replace(
+        TINY,
+        vision=dataclasses.replace(TINY.vision, **vision or {}),
+        text=dataclasses.replace(TINY.text, **text or {}),
+        **whole,
+    )
+
+
+def tiny_model(config=TINY, **kwargs):
+    return seeded(lambda: CLIP(config, rngs=nnx.Rngs(0), **kwargs))
 
 
 def images(count=3, size=16):
@@ -45,122 +51,127 @@ def tokens():
     )
 
 
-# The paper's table of parameters: image tower, text tower, all with logit_scale.
-PARAMETERS = {
-    "ViT-B/32": (87_849_216, 63_428_096, 151_277_313),
-    "ViT-B/16": (86_192_640, 63_428_096, 149_620_737),
-    "ViT-L/14": (303_966_208, 123_650_304, 427_616_513),
-    "ViT-L/14@336px": (304_293_888, 123_650_304, 427_944_193),
+VARIANTS = {
+    "CLIP": TINY,
+    "OpenCLIP": replaced(vision={"activation": "gelu"}, text={"activation": "gelu"}),
+    "SigLIP": replaced(
+        vision={
+            "activation": "gelu_tanh",
+            "pool": "map",
+            "class_token": False,
+            "pre_norm": False,
+            "patch_bias": True,
+            "projection": False,
+            "norm_epsilon": 1e-3,
+        },
+        text={
+            "activation": "gelu_tanh",
+            "pool": "last",
+            "causal": False,
+            "projection_bias": True,
+            "norm_epsilon": 1e-3,
+        },
+        embed_dim=32,
+        logit_bias=True,
+    ),
+    "mean of the patches": replaced(vision={"pool": "mean"}),
+    "mean without a class token": replaced(
+        vision={"pool": "mean", "class_token": False},
+        text={"projection": False, "width": 24, "heads": 3},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter_counts_and_shapes_are_the_papers(name):
-    config = model_config(name)
-
-    def count(module):
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
-
-    model = nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0)))
-    assert (count(model.visual), count(model.text), count(model)) == PARAMETERS[name]
-
-    size = config.vision.image_size
-    image, text = jax.eval_shape(
-        lambda model, image, text: (model.encode_image(image), model.encode_text(text)),
-        model,
-        jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32),
-        jax.ShapeDtypeStruct((5, 77), jnp.int32),
-    )
-    assert image.shape == (2, config.embed_dim)
-    assert text.shape == (5, config.embed_dim)
+@jax.jit
+def forward(model, images, tokens):
+    features = {
+        layer: (
+            model.encode_image(images, return_features=True, layer=layer),
+            model.encode_text(tokens, return_features=True, layer=layer),
+        )
+        for layer in (0, 1, -2, -1)
+    }
+    return model.encode_image(images), model.encode_text(tokens), model(images, tokens), features
 
 
-def test_every_named_model_is_available_and_an_unknown_one_lists_them():
-    assert set(PARAMETERS) < set(available_models())
-    with pytest.raises(ConfigError, match=r"did you mean 'ViT-B/32'\?.*ViT-L/14@336px"):
-        model_config("ViT-B-32")
-
-
-class Reference:
-    """CLIP's forward pass in float64 NumPy, loop by loop, from the paper and the released code."""
-
-    def __init__(self, model):
-        self.config = model.config
-        self.params = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-
-    @staticmethod
-    def layer_norm(x, p):
-        mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-        return (x - mean) / np.sqrt(variance + 1e-5) * p["scale"] + p["bias"]
-
-    @staticmethod
-    def attention(x, p, causal):
-        batch, length, _ = x.shape
-        _, heads, head_width = p["query"]["kernel"].shape
-        out = np.zeros_like(x) + p["out"]["bias"]
-        for b in range(batch):
-            for h in range(heads):
-                q, k, v = (
-                    x[b] @ p[name]["kernel"][:, h] + p[name]["bias"][h]
-                    for name in ("query", "key", "value")
-                )
-                scores = q @ k.T / np.sqrt(head_width)
-                if causal:
-                    scores[np.triu_indices(length, 1)] = -np.inf
-                weights = np.exp(scores - scores.max(1, keepdims=True))
-                weights /= weights.sum(1, keepdims=True)
-                out[b] += weights @ v @ p["out"]["kernel"][h]
-        return out
-
-    def transformer(self, x, stacked, causal):
-        layers = stacked["ln_1"]["scale"].shape[0]
-        for layer in range(layers):
-            p = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
-            x = x + self.attention(self.layer_norm(x, p["ln_1"]), p["attention"], causal)
-            hidden = (
-                self.layer_norm(x, p["ln_2"]) @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"]
-            )
-            hidden = hidden / (1 + np.exp(-1.702 * hidden))
-            x = x + hidden @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"]
-        return x
-
-    def image(self, images):
-        p, size = self.params["visual"], self.config.vision.patch_size
-        kernel = p["patch_embedding"]["kernel"].reshape(size, size, 3, -1)
-        embedded = []
-        for image in np.float64(images):
-            sequence = [p["class_embedding"]]
-            for top in range(0, image.shape[0], size):
-                for left in range(0, image.shape[1], size):
-                    patch = image[top : top + size, left : left + size]
-                    sequence.append(np.einsum("hwc,hwcd->d", patch, kernel))
-            embedded.append(np.stack(sequence) + p["position_embedding"])
-        x = self.layer_norm(np.stack(embedded), p["ln_pre"])
-        x = self.transformer(x, p["transformer"]["blocks"], causal=False)
-        return self.layer_norm(x[:, 0], p["ln_post"]) @ p["projection"]
-
-    def text(self, tokens):
-        p = self.params["text"]
-        x = p["token_embedding"][np.asarray(tokens)] + p["position_embedding"]
-        x = self.transformer(x, p["transformer"]["blocks"], causal=True)
-        x = self.layer_norm(x, p["ln_final"])
-        ends = [list(row).index(EOT) for row in np.asarray(tokens)]
-        return np.stack([x[b, end] for b, end in enumerate(ends)]) @ p["projection"]
-
-
-def test_towers_equal_the_numpy_reference():
-    model = tiny_model()
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_towers_equal_the_numpy_reference(config):
+    model = tiny_model(config)
     reference = Reference(model)
     with jax.default_matmul_precision("highest"):
-        found_image, found_text = model.encode_image(images()), model.encode_text(tokens())
-        per_image, per_text = model(images(), tokens())
+        found_image, found_text, (per_image, per_text), features = forward(
+            model, images(), tokens()
+        )
     expected_image, expected_text = reference.image(images()), reference.text(tokens())
     np.testing.assert_allclose(found_image, expected_image, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found_text, expected_text, rtol=1e-5, atol=1e-5)
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (expected_image, expected_text)]
     logits = np.exp(float(model.logit_scale[...])) * unit[0] @ unit[1].T
+    logits += float(model.logit_bias[...]) if config.logit_bias else 0
     np.testing.assert_allclose(per_image, logits, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(per_text, logits.T, rtol=1e-4, atol=1e-4)
+    states = reference.image_states(images()), reference.text_states(tokens())
+    for layer, found in features.items():  # counted as Hugging Face counts its hidden states
+        for ours, theirs in zip(found, states, strict=True):
+            np.testing.assert_allclose(ours, theirs[layer], rtol=1e-4, atol=1e-5)
+
+
+def test_features_go_through_the_final_norm_when_asked():
+    model = tiny_model()
+    reference = Reference(model)
+    found = model.encode_text(tokens(), return_features=True, layer=-2, final_norm=True)
+    expected = reference.layer_norm(
+        reference.text_states(tokens())[-2], reference.params["text"]["ln_final"], 1e-5
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    found = model.encode_image(images(), return_features=True, final_norm=True)
+    expected = reference.layer_norm(
+        reference.image_states(images())[-1], reference.params["visual"]["ln_post"], 1e-5
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_does_not_exist_or_without_features_is_refused():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="layer 4: expected -4 to 3 for 3 layers"):
+        model.encode_image(images(), return_features=True, layer=4)
+    with pytest.raises(ValueError, match="pass return_features=True"):
+        model.encode_text(tokens(), layer=-2)
+
+
+def test_patch_dropout_keeps_a_share_of_the_patches_and_the_same_ones_for_the_same_key():
+    config = replaced(vision={"patch_dropout": 0.75})
+    model, whole = tiny_model(config), tiny_model()
+    keys = jax.random.split(jax.random.key(5), 3)
+
+    def encode(keys, x=None):
+        return model.encode_image(images() if x is None else x, training=Training(keys))
+
+    tokens_seen = model.visual.features(images(), training=Training(keys)).shape[1]
+    assert tokens_seen == 1 + 4  # a quarter of 16 patches, and the class token always
+    np.testing.assert_array_equal(encode(keys), encode(keys))
+    assert not np.allclose(encode(keys), encode(jax.random.split(jax.random.key(6), 3)))
+    # An image's patches depend on its own key alone, not on its place in the batch.
+    order = jnp.array([2, 0, 1])
+    np.testing.assert_allclose(encode(keys[order], images()[order]), encode(keys)[order], atol=1e-5)
+    # Outside training nothing is dropped.
+    np.testing.assert_array_equal(model.encode_image(images()), whole.encode_image(images()))
+    with pytest.raises(ValueError, match="a random key for each image"):
+        model.encode_image(images(), training=Training())
+
+
+def test_patches_are_dropped_evenly():
+    x = jnp.broadcast_to(jnp.arange(16.0)[None, :, None], (4000, 16, 1))
+    kept = drop_patches(x, jax.random.split(jax.random.key(0), 4000), 0.5)
+    assert kept.shape == (4000, 8, 1)
+    assert all(len(set(row)) == 8 for row in np.asarray(kept[:50, :, 0]).tolist())
+    share = np.bincount(np.asarray(kept, int).ravel(), minlength=16) / 4000
+    np.testing.assert_allclose(share, 0.5, atol=0.04)  # five standard deviations
+
+
+def test_a_text_read_at_its_last_token_must_be_padded_to_the_context():
+    with pytest.raises(ValueError, match="padded to 12 tokens, got 7"):
+        tiny_model(VARIANTS["SigLIP"]).encode_text(tokens()[:, :7])
 
 
 def test_what_follows_the_end_of_text_and_how_much_padding_does_not_matter():
@@ -251,29 +262,32 @@ def test_images_of_another_size_and_texts_too_long_are_refused_with_both_sizes()
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
+        ("vision", {"pool": "max"}, "'max': choose one of class, mean, map"),
+        ("vision", {"class_token": False}, "needs vision.class_token=True"),
+        ("vision", {"projection": False}, "expected embed_dim 32, got 24"),
+        ("vision", {"patch_dropout": 1.0}, "patch_dropout=1.0: expected a share"),
+        ("text", {"pool": "first"}, "'first': choose one of eot, last"),
+        ("text", {"projection": False}, "expected embed_dim 16, got 24"),
         ("vision", {"patch_size": 5}, "patches of 5 pixels do not divide an image of 16"),
         ("vision", {"heads": 5}, "5 heads do not divide the width 32"),
         ("text", {"heads": 3}, "3 heads do not divide the width 16"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(part, change, message):
-    config = dataclasses.replace(TINY, **{part: dataclasses.replace(getattr(TINY, part), **change)})
     with pytest.raises(ConfigError, match=message):
-        CLIP(config, rngs=nnx.Rngs(0))
+        nnx.eval_shape(lambda: CLIP(replaced(**{part: change}), rngs=nnx.Rngs(0)))
 
 
-def test_an_architecture_survives_its_plain_form():
-    assert CLIPConfig.from_dict(TINY.to_dict()) == TINY
+@pytest.mark.parametrize("config", [TINY, VARIANTS["SigLIP"], model_config("RN50")])
+def test_an_architecture_survives_its_plain_form(config):
+    assert CLIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_positions_resized_keep_the_class_token_and_the_picture_they_make():
-    rows, columns = np.mgrid[0:7, 0:7] / 6
-    grid = np.stack([rows, columns], axis=-1).reshape(49, 2)
-    table = jnp.asarray(np.concatenate([[[9.0, -9.0]], grid]))
-    resized = np.asarray(resize_position_embedding(table, 14 * 14 + 1))
-    np.testing.assert_array_equal(resized[0], [9.0, -9.0])
-    new = resized[1:].reshape(14, 14, 2)
-    assert np.all(np.diff(new[:, 0, 0]) > 0)  # rows still run downwards
-    assert np.all(np.diff(new[0, :, 1]) > 0)  # columns still run to the right
-    np.testing.assert_allclose(new.mean((0, 1)), grid.mean(0), atol=1e-3)
-    assert resize_position_embedding(table, 50) is table
+def test_an_architecture_written_before_there_were_variants_is_read():
+    vision = {"image_size": 16, "patch_size": 4, "width": 32, "layers": 3, "heads": 4}
+    old = {
+        "embed_dim": 24,
+        "vision": vision | {"mlp_ratio": 4.0, "activation": "quick_gelu"},
+        "text": {"width": 16, "heads": 2, "layers": 2, "context_length": 12},
+    }
+    assert CLIPConfig.from_dict(old) == TINY
