@@ -19,7 +19,7 @@ def parameters(module: nnx.Module) -> int:
 
 def rows() -> list[tuple[str, ...]]:
     """One row a model; parameters and GFLOPs of a forward pass as total = image + text."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for name, config in MODELS.items():
         model = nnx.eval_shape(lambda config=config: CLIP(config, rngs=nnx.Rngs(0)))
         image, text = parameters(model.visual) / 1e6, parameters(model.text) / 1e6

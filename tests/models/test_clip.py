@@ -185,7 +185,7 @@ def test_what_follows_the_end_of_text_and_how_much_padding_does_not_matter():
 def test_rows_do_not_influence_each_other():
     model = tiny_model()
     np.testing.assert_allclose(
-        model.encode_image(images())[1:2], model.encode_image(images()[1:2]), atol=1e-6
+        model.encode_image(images())[1:2], model.encode_image(images()[1:2]), atol=1e-5
     )
 
 
@@ -262,11 +262,9 @@ def test_images_of_another_size_and_texts_too_long_are_refused_with_both_sizes()
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("vision", {"pool": "max"}, "'max': choose one of class, mean, map"),
         ("vision", {"class_token": False}, "needs vision.class_token=True"),
         ("vision", {"projection": False}, "expected embed_dim 32, got 24"),
         ("vision", {"patch_dropout": 1.0}, "patch_dropout=1.0: expected a share"),
-        ("text", {"pool": "first"}, "'first': choose one of eot, last"),
         ("text", {"projection": False}, "expected embed_dim 16, got 24"),
         ("vision", {"patch_size": 5}, "patches of 5 pixels do not divide an image of 16"),
         ("vision", {"heads": 5}, "5 heads do not divide the width 32"),
