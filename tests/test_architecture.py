@@ -18,6 +18,8 @@ FLOORS = [
         "losses",
         "optim",
         "sharding",
+        "rounding",
+        "chips",
         "config",
         "errors",
         "version",
