@@ -6,10 +6,12 @@ optimizer's moments; `tensor` splits heads and MLP hidden units.
 
 import contextlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -49,7 +51,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(token|position)_embedding$", P(None, "fsdp")),  # V D, T D
     (r"(visual|text)/projection$", P("fsdp", None)),  # D E
     (r"(class_embedding|projection_bias)$", P()),
-    (r"(^|/)(step|count|logit_scale|logit_bias)$", P()),
+    (r"(^|/)(step|count|ns_coeffs|logit_scale|logit_bias)$", P()),
 )
 
 
@@ -62,25 +64,53 @@ def join_hosts() -> None:
         jax.distributed.initialize()
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
-    """Mesh over all devices from the `mesh` section; data=-1 takes what the others leave.
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh from the `mesh` section; data=-1 takes what the others leave.
+
+    Where the devices are several slices of TPUs, joined by the data-centre network, that network
+    lies along `data` and nowhere else: one sum of gradients a step crosses it.
+
+    Args:
+        config: data, fsdp, tensor.
+        devices: to lie on the mesh; None: all there are.
 
     Raises:
-        ConfigError: the axes' product is not the number of devices.
+        ConfigError: the axes' product is not the number of devices, or slices do not divide `data`.
     """
-    devices = jax.device_count()
+    devices = devices or jax.devices()
     data, fsdp, tensor = config.data, config.fsdp, config.tensor
     if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
         raise ConfigError(f"mesh axes must be positive (data may be -1), got {dict(config)}")
     if data == -1:
-        data = max(devices // (fsdp * tensor), 1)
-    if data * fsdp * tensor != devices:
+        data = max(len(devices) // (fsdp * tensor), 1)
+    if data * fsdp * tensor != len(devices):
         raise ConfigError(
-            f"mesh data={config.data} fsdp={fsdp} tensor={tensor} does not use the {devices} "
-            f"devices exactly; choose axes whose product is {devices}, or data=-1 with "
+            f"mesh data={config.data} fsdp={fsdp} tensor={tensor} does not use the {len(devices)} "
+            f"devices exactly; choose axes whose product is {len(devices)}, or data=-1 with "
             "fsdp * tensor dividing it"
         )
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh((data, fsdp, tensor), AXES, types, devices=devices)
+    return Mesh(across_slices((data, fsdp, tensor), slices, devices), AXES, axis_types=types)
+
+
+def across_slices(shape: tuple[int, int, int], slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """The devices of several slices as an array [data, fsdp, tensor]: slices follow along data.
+
+    Raises:
+        ConfigError: the slices do not divide `data`.
+    """
+    data, fsdp, tensor = shape
+    if data % slices:
+        raise ConfigError(
+            f"mesh data={data} is not a multiple of the {slices} slices: only data may lie across "
+            "the network between them; choose fsdp * tensor that divides the devices of one slice"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp, tensor), (slices, 1, 1), devices
+    )
 
 
 def batch_divisor(mesh: Mesh) -> int:
@@ -106,6 +136,8 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
         spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
         if spec is None:
             faults.append(f"{name} {leaf.shape}: no rule in sharding.RULES matches")
+            return NamedSharding(mesh, P())
+        if len(spec) > len(leaf.shape):  # a factored moment: rows or columns, and small
             return NamedSharding(mesh, P())
         for size, axis in zip(leaf.shape, spec, strict=False):
             if axis is not None and size % mesh.shape[axis]:

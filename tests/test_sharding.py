@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,10 +8,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from clip_jax.config import default_config
 from clip_jax.errors import ConfigError
 from clip_jax.models import available_models, model_config
-from clip_jax.optim import decay_mask
-from clip_jax.sharding import make_mesh, shard_batch, state_shardings
+from clip_jax.optim import DIRECTIONS, decay_mask, make_optimizer
+from clip_jax.sharding import across_slices, make_mesh, shard_batch, state_shardings
 from clip_jax.training.state import abstract_model, abstract_state
 
 OPTIMIZER = optax.adamw(1e-3, mask=decay_mask)
@@ -88,3 +91,40 @@ def test_a_batch_is_split_by_rows_over_data_and_fsdp():
     rows = shard_batch({"x": np.arange(16).reshape(8, 2)}, mesh)["x"]
     assert rows.sharding.shard_shape(rows.shape) == (2, 2)
     np.testing.assert_array_equal(rows, np.arange(16).reshape(8, 2))
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_the_moments_of_every_optimizer_are_split_as_their_parameters(name, moment_dtype):
+    settings = default_config().optim
+    settings.update(name=name, moment_dtype=moment_dtype, frozen=("^text/",), clip_norm=1.0)
+    model = abstract_model(model_config("ViT-B/32"))
+    state = abstract_state(
+        model, make_optimizer(settings, lambda step: 1.0), make_mesh(config(2, 2, 2))
+    )
+    kernel = state.params["visual"]["transformer"]["blocks"]["mlp"]["up"]["kernel"]
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
+    assert len(moments) == {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 1}[name]
+    for moment in moments:
+        assert moment.sharding == kernel.sharding
+        assert moment.dtype == moment_dtype
+
+
+@dataclasses.dataclass
+class FakeDevice:
+    id: int
+    slice_index: int
+    platform: str = "fake"
+    device_kind: str = "fake"
+    process_index: int = 0
+
+
+def test_slices_lie_one_behind_the_other_along_data():
+    devices = [FakeDevice(number, number // 8) for number in range(16)]
+    grid = across_slices((4, 2, 2), 2, devices)
+    assert grid.shape == (4, 2, 2)
+    slices = np.vectorize(lambda device: device.slice_index, otypes=[int])(grid)
+    np.testing.assert_array_equal(slices[:2], 0)
+    np.testing.assert_array_equal(slices[2:], 1)
+    with pytest.raises(ConfigError, match="data=1 is not a multiple of the 2 slices"):
+        across_slices((1, 4, 4), 2, devices)
