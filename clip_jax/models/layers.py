@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+
+KEPT = "attention's projections"  # the name under which a remat policy finds them
 
 
 class Training(NamedTuple):
@@ -178,7 +181,18 @@ class Attention(nnx.Module):
         """What the queries find among the tokens; without queries the tokens ask themselves."""
         q_BSKH = self.query(x_BTD if queries_BSD is None else queries_BSD)
         k_BTKH, v_BTKH = self.key(x_BTD), self.value(x_BTD)
-        return self.out(jax.nn.dot_product_attention(q_BSKH, k_BTKH, v_BTKH, is_causal=self.causal))
+        q_BSKH, k_BTKH, v_BTKH = checkpoint_name((q_BSKH, k_BTKH, v_BTKH), KEPT)
+        found_BSKH = jax.nn.dot_product_attention(
+            q_BSKH, k_BTKH, v_BTKH, is_causal=self.causal, implementation=_fused_kernel(q_BSKH)
+        )
+        return checkpoint_name(self.out(found_BSKH), KEPT)
+
+
+def _fused_kernel(q_BSKH: Array) -> Literal["cudnn"] | None:
+    """cuDNN's on a GPU, for the dtypes and head widths that it takes; else what XLA makes of it."""
+    if jax.default_backend() != "gpu" or q_BSKH.dtype not in (jnp.bfloat16, jnp.float16):
+        return None
+    return "cudnn" if q_BSKH.shape[-1] % 8 == 0 and q_BSKH.shape[-1] <= 128 else None
 
 
 class MLP(nnx.Module):

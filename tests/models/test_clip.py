@@ -189,7 +189,7 @@ def test_rows_do_not_influence_each_other():
     )
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "dots_no_hidden", "full"])
 def test_remat_changes_no_gradient(remat):
     def gradients(remat):
         model = tiny_model(remat=remat)
