@@ -2,6 +2,7 @@
 
 WORKDIR/checkpoints/STEP/    params       the weights alone, so that a reader needs no optimizer
                              batch_stats  BatchNorm's running statistics, where the model has any
+                             ema          the averaged weights, where the run averages them
                              optimizer    the rest of the train state, the step included
                              metadata     the model card and the data order, as JSON
 """
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from etils import epath
 from orbax.checkpoint import v1 as ocp
@@ -84,7 +86,7 @@ class Checkpoints:
         """Starts to write; returns once the arrays are copied. Waits for the save before it.
 
         Args:
-            state: a train state: a NamedTuple with `step`, `params` and `batch_stats`.
+            state: a train state: a NamedTuple with `step`, `params`, `batch_stats` and `ema`.
             card: of the model.
             order: where the data stands.
         """
@@ -186,6 +188,8 @@ def load_card(path: epath.PathLike) -> ModelCard:
 def load_params(path: epath.PathLike) -> tuple[ModelCard, Any, Any]:
     """The weights of the newest readable checkpoint, on the default device.
 
+    Where the run averages its weights, these are the averages.
+
     Args:
         path: a workdir, its `checkpoints` directory, or one checkpoint in it.
 
@@ -200,9 +204,10 @@ def load_params(path: epath.PathLike) -> tuple[ModelCard, Any, Any]:
     def read(candidate: epath.Path) -> tuple[ModelCard, Any, Any]:
         card = ModelCard.from_dict(_read_metadata(candidate)["card"])
         held = ocp.checkpointables_metadata(candidate).metadata
-        wanted = {name: held[name] for name in ("params", "batch_stats") if name in held}
+        weights = "ema" if "ema" in held else "params"
+        wanted = {name: held[name] for name in (weights, "batch_stats") if name in held}
         arrays = ocp.load_checkpointables(candidate, jax.tree.map(_on_default_device, wanted))
-        return card, arrays["params"], arrays.get("batch_stats", {})
+        return card, arrays[weights], arrays.get("batch_stats", {})
 
     return _newest(path, read)
 
@@ -226,13 +231,13 @@ def _newest(path: epath.PathLike, read: Callable[[epath.Path], T]) -> T:
 
 def _on_default_device(leaf: Any) -> jax.ShapeDtypeStruct:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=device)
 
 
 def _parts(state: Any) -> dict[str, Any]:
     """The train state as it is stored; Orbax stores no empty tree."""
     optimizer = state._asdict()
-    parts = {name: optimizer.pop(name) for name in ("params", "batch_stats")}
+    parts = {name: optimizer.pop(name) for name in ("params", "batch_stats", "ema")}
     return {name: part for name, part in parts.items() if part} | {"optimizer": optimizer}
 
 

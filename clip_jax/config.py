@@ -67,18 +67,30 @@ def default_config() -> ConfigDict:
                 "steps": 390_625,  # 32 epochs of 400M pairs in batches of 32,768
                 "batch_size": 32_768,  # of all devices together
                 "dtype": "bfloat16",  # of compute; parameters and optimizer state are float32
-                "remat": "none",  # none, dots, full: what the backward pass recomputes
+                "remat": "none",  # or dots, dots_no_hidden, full: what the backward pass recomputes
                 "unroll": 1,  # layers in one turn of the loop over them; more is faster on the CPU
+                "loss": "softmax",  # CLIP's; or SigLIP's "sigmoid", with model.logit_bias=True
+                # How a device meets the others' embeddings: "gather" holds all of them, "ring" two
+                # devices' and is slower.
+                "loss_communication": "gather",
+                "accumulate": 1,  # microbatches; the gradient is that of the whole batch, exactly
                 "max_logit_scale": 100.0,
                 "init_from": config_dict.placeholder(str),  # a workdir whose weights to start from
             },
             "optim": {
+                "name": "adamw",  # adamw, lion, muon, adafactor
                 "peak_lr": 5e-4,
                 "warmup_steps": 2_000,
                 "beta1": 0.9,
                 "beta2": 0.98,
                 "eps": 1e-6,
-                "weight_decay": 0.2,
+                "weight_decay": 0.2,  # decoupled; of all but gains and biases
+                "clip_norm": config_dict.placeholder(float),  # of all gradients together
+                "layer_decay": 1.0,  # of the learning rate, from each layer to the one below
+                "ema_decay": 0.0,  # above 0: averages the weights, and evaluates the averages
+                # The paper's ways to save memory; both are rounded stochastically.
+                "moment_dtype": "float32",  # or bfloat16
+                "bfloat16_weights": (),  # patterns as below: ("^text/",) is the paper's
                 # Regular expressions; parameters in whose path one is found stay as they are:
                 # ("^visual/",) is LiT. BatchNorm among them keeps its running statistics.
                 "frozen": (),

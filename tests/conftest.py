@@ -63,6 +63,18 @@ def mesh(request):
 
 
 @pytest.fixture(scope="session")
+def v5e_pod():
+    """The 256 devices of a TPU pod that nobody has to rent: the compiler is enough."""
+    pytest.importorskip(
+        "libtpu", reason="libtpu, the TPU compiler, is not installed: pip install 'clip-nnx[tpu]'"
+    )
+    from jax.experimental import topologies
+
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:16x16").devices
+
+
+@pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
     """Four TFRecord shards of 40 image-text pairs, as img2dataset writes them: a brace pattern."""
     import io

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clip_jax.losses import sigmoid_loss, softmax_loss
@@ -194,3 +194,25 @@ def test_chunks_bound_the_logits_of_a_single_device():
     )
     assert "f32[128,16]" in program
     assert "[128,128]" not in program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_pod_needs_no_memory_for_the_loss_and_sends_nothing_twice(v5e_pod, name, communication):
+    rows, features = 32_768, 512
+    mesh = jax.make_mesh((len(v5e_pod),), ("data",), (AxisType.Auto,), devices=v5e_pod)
+
+    def shape(dimensions, dtype, spec):
+        return jax.ShapeDtypeStruct(dimensions, dtype, sharding=NamedSharding(mesh, spec))
+
+    embeddings = shape((rows, features), jnp.bfloat16, P("data"))
+    scalars = [shape((), jnp.float32, P())] * (len(arguments(name, None, None, 1.0)) - 2)
+    compiled = on_mesh(mesh, name, communication).lower(embeddings, embeddings, *scalars).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1e6
+    program = compiled.as_text()
+    assert f"[{rows},{rows}]" not in program
+    for kind, result in collectives(program):
+        assert kind != "all-reduce" or f",{features}]" not in result  # normalizers and scalars
+        assert communication == "ring" or kind != "collective-permute"
+        assert communication == "gather" or kind != "all-gather"

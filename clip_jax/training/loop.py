@@ -19,9 +19,11 @@ from clip_jax.data.order import Order
 from clip_jax.data.sources import open_source
 from clip_jax.errors import CheckpointError, ConfigError
 from clip_jax.models import CLIP, CLIPConfig, resize_positions
-from clip_jax.optim import learning_rate_schedule, make_optimizer
+from clip_jax.models.flops import training_flops
+from clip_jax.optim import frozen_towers, learning_rate_schedule, make_optimizer
 from clip_jax.preprocess import Preprocess
 from clip_jax.sharding import batch_divisor, make_mesh, shard_batch
+from clip_jax.training.gradients import make_gradients
 from clip_jax.training.metrics import TrainLog
 from clip_jax.training.state import TrainState, abstract_model, abstract_state, initial_state
 from clip_jax.training.step import make_train_step
@@ -62,16 +64,22 @@ def train(
     """
     mesh = make_mesh(config.mesh)
     batch_size, steps = config.train.batch_size, config.train.steps
-    if batch_size % batch_divisor(mesh):
+    divisor = batch_divisor(mesh) * config.train.accumulate
+    if batch_size % divisor:
         raise ConfigError(
-            f"train.batch_size={batch_size} is not a multiple of {batch_divisor(mesh)}, the number "
-            "of devices along the mesh's data and fsdp axes, which share out the batch"
+            f"train.batch_size={batch_size} is not a multiple of {divisor}: the devices along the "
+            "mesh's data and fsdp axes share out the batch, each train.accumulate microbatches"
         )
     model_config = architecture(config.model)
     preprocess = Preprocess(model_config.vision.image_size, config.data.mean, config.data.std)
     frozen = config.optim.frozen
     model = abstract_model(
-        model_config, config.train.dtype, config.train.remat, config.train.unroll, frozen
+        model_config,
+        config.train.dtype,
+        config.train.remat,
+        config.train.unroll,
+        frozen,
+        config.optim.bfloat16_weights,
     )
     schedule = learning_rate_schedule(config.optim.peak_lr, config.optim.warmup_steps, steps)
     optimizer = make_optimizer(config.optim, schedule)
@@ -83,27 +91,34 @@ def train(
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(workdir, config.checkpoint.keep))
         )
-        target = abstract_state(model, optimizer, mesh)
+        target = abstract_state(model, optimizer, mesh, ema=config.optim.ema_decay > 0)
         restored = checkpoints.restore(target, card)
         if restored is not None:
             state, saved_order = restored
             order = order.resume(saved_order)
         else:
-            state = initial_state(model_config, optimizer, mesh, config.seed)
+            state = initial_state(model_config, optimizer, target, config.seed)
             if config.train.init_from:
                 state = _start_from(config.train.init_from, state, model_config)
         first_step = int(state.step)
 
-        train_step = make_train_step(
+        gradients = make_gradients(
             model,
+            preprocess,
+            mesh,
+            loss=config.train.loss,
+            communication=config.train.loss_communication,
+            accumulate=config.train.accumulate,
+            frozen=frozen,
+        )
+        train_step = make_train_step(
+            gradients,
             optimizer,
             schedule,
-            preprocess,
-            config.train.max_logit_scale,
             target,
-            mesh,
+            max_logit_scale=config.train.max_logit_scale,
+            ema_decay=config.optim.ema_decay,
             seed=config.seed,
-            frozen=frozen,
         )
         host_batches = train_batches(
             source, order, config, preprocess.size, model_config.text.context_length
@@ -111,8 +126,11 @@ def train(
         batches = stack.enter_context(
             contextlib.closing(Prefetch(host_batches, lambda batch: shard_batch(batch, mesh)))
         )
+        flops = training_flops(model_config, frozen_towers(model.params, frozen))
         log = stack.enter_context(
-            contextlib.closing(TrainLog(workdir, first_step, steps, config.log.every, batch_size))
+            contextlib.closing(
+                TrainLog(workdir, first_step, steps, config.log.every, batch_size, flops)
+            )
         )
         if restored is not None:
             log.say(f"going on from step {first_step} of {workdir}")
@@ -124,7 +142,7 @@ def train(
 
         def evaluate(step: int) -> dict[str, float]:
             log.flush(batches.waited)
-            trained = model.merge(state.params, state.batch_stats)
+            trained = model.merge(state.best_params, state.batch_stats)
             found = {
                 f"{name}/{metric}": float(value)
                 for name, evaluator in (evaluators or {}).items()
@@ -148,7 +166,7 @@ def train(
             if config.eval.every and step % config.eval.every == 0 and step < steps:
                 evaluate(step)
         evaluated = evaluate(steps)
-    trained = model.merge(state.params, state.batch_stats)
+    trained = model.merge(state.best_params, state.batch_stats)
     return Result(trained, preprocess, mesh, evaluated)
 
 
@@ -166,10 +184,12 @@ def _start_from(path: str, state: TrainState, config: CLIPConfig) -> TrainState:
             f"train.init_from={path} holds {card.model}; its weights do not fit this config's model"
         )
     logging.info("starting from the weights of %s", path)
-    params, batch_stats = jax.tree.map(
-        lambda new, old: jax.device_put(new, old.sharding), found, wanted
+    params, batch_stats, ema = jax.tree.map(
+        lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
+        (*found, params if state.ema else {}),
+        (*wanted, state.ema),
     )
-    return state._replace(params=params, batch_stats=batch_stats)
+    return state._replace(params=params, batch_stats=batch_stats, ema=ema)
 
 
 @contextlib.contextmanager

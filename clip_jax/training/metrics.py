@@ -3,13 +3,15 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import tensorflow as tf
 from etils import epath
 from tqdm import tqdm
+
+from clip_jax.chips import chip_of
 
 FILE = "metrics.jsonl"
 
@@ -36,11 +38,21 @@ class TrainLog:
         steps: where the run ends, for the progress bar.
         every: steps between two lines of training metrics.
         batch_size: global, for examples a second.
+        flops_per_example: of the model, for the share of the chips' peak that it reaches.
     """
 
-    def __init__(self, workdir: epath.PathLike, step: int, steps: int, every: int, batch_size: int):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        step: int,
+        steps: int,
+        every: int,
+        batch_size: int,
+        flops_per_example: int,
+    ):
         self._every = every
         self._batch_size = batch_size
+        self._flops_per_example = flops_per_example
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._since: tuple[int, float, float] | None = None  # step, time, seconds waited for data
         self._active = jax.process_index() == 0
@@ -86,7 +98,8 @@ class TrainLog:
         if step % self._every == 0:
             first, then, waited_then = self._since
             if step > first:
-                values["examples_per_second"] = (step - first) * self._batch_size / (now - then)
+                examples_per_second = (step - first) * self._batch_size / (now - then)
+                values |= speed(examples_per_second, self._flops_per_example, jax.devices())
                 values["data_wait"] = (waited - waited_then) / (now - then)
             self._since = (step, now, waited)
             self.write(step, values)
@@ -120,9 +133,27 @@ class TrainLog:
             self._tensorboard.close()
 
 
+def speed(
+    examples_per_second: float, flops_per_example: int, devices: Sequence[Any]
+) -> dict[str, float]:
+    """Examples a second, of all chips and of each, and model FLOPs utilisation.
+
+    `mfu` is the model's own operations, recomputation left out, over the published bfloat16 peak of
+    the chips; it is not there for a CPU, nor for chips that `chips.CHIPS` does not know.
+    """
+    each = examples_per_second / len(devices)
+    values = {"examples_per_second": examples_per_second, "examples_per_second_per_chip": each}
+    chip = chip_of(devices[0])
+    return values | ({"mfu": each * flops_per_example / chip.peak_flops} if chip else {})
+
+
 def _beside_the_bar(values: Mapping[str, float]) -> str:
     shown = f"loss {values['loss']:.3f}, scale {values['logit_scale']:.1f}"
     if "examples_per_second" in values:
         shown += f", {values['examples_per_second']:,.0f} examples/s"
+        if "mfu" in values:
+            shown += (
+                f" ({values['examples_per_second_per_chip']:,.0f} a chip, MFU {values['mfu']:.1%})"
+            )
         shown += f", {values['data_wait']:.0%} waiting for data"
     return shown

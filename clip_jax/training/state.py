@@ -15,7 +15,7 @@ from clip_jax.errors import ConfigError
 from clip_jax.models import CLIP, CLIPConfig
 from clip_jax.models.resnet import BatchNorm
 from clip_jax.models.transformer import Remat
-from clip_jax.optim import frozen_mask
+from clip_jax.optim import matching_mask
 from clip_jax.sharding import state_shardings
 
 
@@ -23,9 +23,17 @@ class TrainState(NamedTuple):
     """Everything that a step changes."""
 
     step: Int[Array, ""]
-    params: Any  # nested dicts of float32 arrays
+    params: (
+        Any  # nested dicts of float32 arrays; of bfloat16 where `optim.bfloat16_weights` says so
+    )
     batch_stats: Any  # likewise, of the same paths: BatchNorm's running statistics; {} without any
     opt_state: Any  # optax's
+    ema: Any  # the averaged weights, float32; {} where `optim.ema_decay` is 0
+
+    @property
+    def best_params(self) -> Any:
+        """What to evaluate and to hand on: the averaged weights where there are any."""
+        return self.ema or self.params
 
 
 class AbstractModel(NamedTuple):
@@ -46,6 +54,7 @@ def abstract_model(
     remat: Remat = "none",
     unroll: int = 1,
     frozen: Sequence[str] = (),
+    bfloat16_weights: Sequence[str] = (),
 ) -> AbstractModel:
     """The model without arrays.
 
@@ -54,8 +63,9 @@ def abstract_model(
         dtype: of compute.
         remat: see `models.transformer.Transformer`.
         unroll: likewise.
-        frozen: patterns as in `optim.frozen_mask`; BatchNorm whose running statistics they freeze
+        frozen: patterns as in `optim.matching_mask`; BatchNorm whose running statistics they freeze
             uses them in training, too.
+        bfloat16_weights: patterns of the parameters that are stored in bfloat16.
 
     Raises:
         ConfigError: a pattern that is found in no path.
@@ -64,12 +74,19 @@ def abstract_model(
         lambda: CLIP(config, dtype=jnp.dtype(dtype), remat=remat, unroll=unroll, rngs=nnx.Rngs(0))
     )
     params, batch_stats = _variables(model)
-    for pattern in frozen:
-        if not any(jax.tree.leaves(frozen_mask((params, batch_stats), [pattern]))):
-            raise ConfigError(
-                f"optim.frozen: {pattern!r} is found in no parameter's path; paths are such as "
-                "visual/transformer/blocks/mlp/up/kernel, text/token_embedding, logit_scale"
-            )
+    for key, patterns in (("frozen", frozen), ("bfloat16_weights", bfloat16_weights)):
+        for pattern in patterns:
+            found = [matching_mask(tree, [pattern]) for tree in (params, batch_stats)]
+            if not any(jax.tree.leaves(found)):
+                raise ConfigError(
+                    f"optim.{key}: {pattern!r} is found in no parameter's path; paths are such as "
+                    "visual/transformer/blocks/mlp/up/kernel, text/token_embedding, logit_scale"
+                )
+    params = jax.tree.map(
+        lambda shape, half: jax.ShapeDtypeStruct(shape.shape, jnp.bfloat16) if half else shape,
+        params,
+        matching_mask(params, bfloat16_weights),
+    )
     for path, module in nnx.iter_modules(model):
         if isinstance(module, BatchNorm):
             name = "/".join(map(str, (*path, "mean")))
@@ -84,15 +101,11 @@ def _variables(model: CLIP) -> tuple[Any, Any]:
 
 
 def abstract_state(
-    model: AbstractModel, optimizer: optax.GradientTransformation, mesh: Mesh
+    model: AbstractModel, optimizer: optax.GradientTransformation, mesh: Mesh, ema: bool = False
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the train state of a model."""
+    """Shapes, dtypes and shardings of the train state of a model, with averaged weights or not."""
     shapes = jax.eval_shape(
-        lambda params, stats: TrainState(
-            jnp.zeros((), jnp.int32), params, stats, optimizer.init(params)
-        ),
-        model.params,
-        model.batch_stats,
+        lambda params, stats: _fresh(params, stats, optimizer, ema), model.params, model.batch_stats
     )
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
@@ -102,14 +115,26 @@ def abstract_state(
 
 
 def initial_state(
-    config: CLIPConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+    config: CLIPConfig, optimizer: optax.GradientTransformation, target: TrainState, seed: int
 ) -> TrainState:
-    """A fresh state, every array made where it will lie."""
+    """A fresh state as `target` describes it, every array made where it will lie."""
 
     def create(key: Array) -> TrainState:
         params, batch_stats = _variables(CLIP(config, rngs=nnx.Rngs(key)))
-        return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
+        params = jax.tree.map(lambda x, stored: x.astype(stored.dtype), params, target.params)
+        return _fresh(params, batch_stats, optimizer, bool(target.ema))
 
-    key = jax.random.key(seed)
-    shardings = state_shardings(jax.eval_shape(create, key), mesh)
-    return jax.jit(create, out_shardings=shardings)(key)
+    shardings = jax.tree.map(lambda shape: shape.sharding, target)
+    return jax.jit(create, out_shardings=shardings)(jax.random.key(seed))
+
+
+def _fresh(
+    params: Any, batch_stats: Any, optimizer: optax.GradientTransformation, ema: bool
+) -> TrainState:
+    return TrainState(
+        jnp.zeros((), jnp.int32),
+        params,
+        batch_stats,
+        optimizer.init(params),
+        jax.tree.map(lambda x: x.astype(jnp.float32), params) if ema else {},
+    )

@@ -1,0 +1,246 @@
+"""The gradient of the whole batch's loss, exactly, on any mesh and in any number of microbatches.
+
+Where the mesh splits nothing but the batch, the towers run under `jax.shard_map`, each device on
+its own rows, and gradients are summed once a step, in float32, after the last layer; where it
+splits parameters, too, the partitioner places the sums (docs/step.md has the alternatives and what
+they cost). The loss is a function of embeddings alone, which makes accumulation exact: embed all
+microbatches, differentiate the loss of the whole batch by the embeddings, embed again and go on
+from there.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from clip_jax.data.batch import Batch
+from clip_jax.errors import ConfigError
+from clip_jax.losses import Communication, sigmoid_loss, softmax_loss
+from clip_jax.models import Training
+from clip_jax.optim import matching_mask
+from clip_jax.preprocess import Preprocess
+from clip_jax.sharding import BATCH_AXES, BATCH_SPEC, batch_divisor
+from clip_jax.training.state import AbstractModel
+
+Loss = Literal["softmax", "sigmoid"]
+# (params, batch_stats, batch, image_keys) -> (loss, gradients, batch_stats)
+Gradients = Callable[[Any, Any, Batch, Array], tuple[Float[Array, ""], Any, Any]]
+
+_SCALARS = ("logit_scale", "logit_bias")  # parameters of the loss, not of a tower
+
+
+class Embeddings(NamedTuple):
+    """Of one batch or microbatch: what the loss is a function of, beside its scalars."""
+
+    image: Float[Array, "*rows E"]  # unit length
+    text: Float[Array, "*rows E"]
+
+
+def make_gradients(
+    model: AbstractModel,
+    preprocess: Preprocess,
+    mesh: Mesh,
+    *,
+    loss: str = "softmax",
+    communication: str = "gather",
+    accumulate: int = 1,
+    frozen: Sequence[str] = (),
+) -> Gradients:
+    """Builds (params, batch_stats, batch, image_keys) -> (loss, gradients, batch_stats).
+
+    Gradients are float32, whatever the dtype in which a parameter is stored. Microbatches are made
+    of each device's own rows. BatchNorm normalises each microbatch by its own statistics, of all
+    devices together, and its running statistics move once a step, towards the mean of those.
+
+    Args:
+        model: as `state.abstract_model` gives it.
+        preprocess: normalises the batch's uint8 pixels.
+        mesh: the axes `BATCH_AXES` split the batch.
+        loss: "softmax" or "sigmoid", see `losses`.
+        communication: "gather" or "ring", likewise.
+        accumulate: the number of microbatches.
+        frozen: patterns of parameter paths (`optim.matching_mask`); their gradient is zero.
+
+    Raises:
+        ConfigError: an unknown loss or communication, or a model without the loss's parameters.
+    """
+    _check(model, loss, communication, accumulate)
+    over_rows = _OverRows.of(mesh)
+    global_loss = _make_loss(mesh, loss, communication)
+
+    def embed(trained: Any, rest: Any, batch_stats: Any, batch: Batch, keys: Array):
+        clip = model.merge(_join(trained, rest), batch_stats)
+        training = Training(keys, over_rows.axis_names)
+        image = clip.encode_image(
+            preprocess.normalize(batch.image), normalize=True, training=training
+        )
+        text = clip.encode_text(batch.tokens, normalize=True)
+        return Embeddings(image, text), nnx.to_pure_dict(nnx.state(clip, nnx.BatchStat))
+
+    compute = _whole_batch if accumulate == 1 else functools.partial(_two_passes, accumulate, mesh)
+
+    def gradients(params: Any, batch_stats: Any, batch: Batch, keys: Array):
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        stays = matching_mask(params, frozen)
+        trained, rest = _split(params, stays | {name: True for name in _SCALARS if name in params})
+        scalars = {name: params[name] for name in _SCALARS if name in params}
+        value, found, by_scalar, batch_stats = compute(
+            over_rows, embed, global_loss, scalars, trained, rest, batch_stats, batch, keys
+        )
+        zeros = jax.tree.map(jnp.zeros_like, rest)  # never computed with: frozen
+        by_scalar = {name: zeros[name] if stays[name] else g for name, g in by_scalar.items()}
+        return value, _join(found, zeros) | by_scalar, batch_stats
+
+    return gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class _OverRows:
+    """Runs a function on each device's own rows, or, without axes, on the whole batch at once.
+
+    Attributes:
+        mesh: of all devices.
+        axis_names: the axes that split the rows; () leaves the work to the partitioner. (XLA's
+            cannot be trusted with a function of which it is given some axes only: it aborts on
+            meshes that split parameters over two.)
+    """
+
+    mesh: Mesh
+    axis_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> "_OverRows":
+        return cls(mesh, BATCH_AXES if mesh.shape["data"] == mesh.size else ())
+
+    def map(
+        self, function: Callable[..., Any], in_specs: Any, out_specs: Any
+    ) -> Callable[..., Any]:
+        if not self.axis_names:
+            return function
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    def own(self, params: Any) -> Any:
+        """Parameters whose gradient is that of the own rows; the transpose is `sum`."""
+        return jax.lax.pcast(params, self.axis_names, to="varying") if self.axis_names else params
+
+    def sum(self, gradients: Any) -> Any:
+        return jax.lax.psum(gradients, self.axis_names) if self.axis_names else gradients
+
+
+def _whole_batch(over_rows, embed, global_loss, scalars, trained, rest, stats, batch, keys):
+    """One pass, whose activations stay until the gradient of the embeddings is there."""
+
+    def embed_own(trained, rest, stats, batch, keys):
+        return embed(over_rows.own(trained), rest, stats, batch, keys)
+
+    in_specs, out_specs = (P(), P(), P(), BATCH_SPEC, BATCH_SPEC), (BATCH_SPEC, P())
+    embed_all = over_rows.map(embed_own, in_specs, out_specs)
+    embeddings, backward, moved = jax.vjp(
+        lambda trained: embed_all(trained, rest, stats, batch, keys), trained, has_aux=True
+    )
+    value, (by_scalar, cotangents) = jax.value_and_grad(global_loss, (0, 1))(scalars, embeddings)
+    return value, backward(cotangents)[0], by_scalar, moved
+
+
+def _two_passes(
+    count, mesh, over_rows, embed, global_loss, scalars, trained, rest, stats, batch, keys
+):
+    """Memory of one microbatch's activations, and of the embeddings of all."""
+    divide, unite = _microbatches(count, mesh)
+    batch, keys = divide(batch), divide(keys)
+
+    def embed_own(trained, rest, stats, batch, keys):
+        def one(total, microbatch):
+            embeddings, moved = embed(trained, rest, stats, *microbatch)
+            return jax.tree.map(jnp.add, total, moved), embeddings
+
+        total, embeddings = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, stats), (batch, keys))
+        return embeddings, jax.tree.map(lambda x: x / count, total)
+
+    def gradient_of_own(trained, rest, stats, batch, keys, cotangents):
+        trained = over_rows.own(trained)
+
+        def one(total, microbatch):
+            *inputs, cotangent = microbatch
+            _, backward = jax.vjp(lambda trained: embed(trained, rest, stats, *inputs)[0], trained)
+            return jax.tree.map(jnp.add, total, backward(cotangent)[0]), None
+
+        zeros = jax.tree.map(jnp.zeros_like, trained)
+        return over_rows.sum(jax.lax.scan(one, zeros, (batch, keys, cotangents))[0])
+
+    rows = P(None, BATCH_AXES)
+    embed_all = over_rows.map(embed_own, (P(), P(), P(), rows, rows), (rows, P()))
+    gradient = over_rows.map(gradient_of_own, (P(), P(), P(), rows, rows, rows), P())
+    embeddings, moved = embed_all(trained, rest, stats, batch, keys)
+    value, (by_scalar, cotangents) = jax.value_and_grad(global_loss, (0, 1))(
+        scalars, unite(embeddings)
+    )
+    found = gradient(trained, rest, stats, batch, keys, divide(cotangents))
+    return value, found, by_scalar, moved
+
+
+def _microbatches(count: int, mesh: Mesh) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """[B, ...] -> [count, B / count, ...] within each device's rows, and the way back."""
+    devices = batch_divisor(mesh)
+
+    def divided(x: Array) -> Array:
+        x = x.reshape(devices, count, -1, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(count, -1, *x.shape[3:])
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, BATCH_AXES)))
+
+    def united(x: Array) -> Array:
+        x = x.reshape(count, devices, -1, *x.shape[2:]).swapaxes(0, 1)
+        x = x.reshape(-1, *x.shape[3:])
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH_SPEC))
+
+    return functools.partial(jax.tree.map, divided), functools.partial(jax.tree.map, united)
+
+
+def _make_loss(mesh: Mesh, loss: str, communication: str) -> Callable[..., Array]:
+    """The loss of the global batch, of (scalar parameters, embeddings)."""
+
+    def local(scalars: dict[str, Array], embeddings: Embeddings) -> Array:
+        scale = jnp.exp(scalars["logit_scale"])
+        kwargs: dict[str, Any] = {"axis_names": BATCH_AXES, "communication": communication}
+        if loss == "sigmoid":
+            return sigmoid_loss(*embeddings, scale, scalars["logit_bias"], **kwargs)
+        return softmax_loss(*embeddings, scale, **kwargs)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(), BATCH_SPEC), out_specs=P())
+
+
+def _split(tree: Any, mask: Any) -> tuple[Any, Any]:
+    """Two trees of the same structure: None stands where the other has the leaf."""
+    return (
+        jax.tree.map(lambda x, other: None if other else x, tree, mask),
+        jax.tree.map(lambda x, other: x if other else None, tree, mask),
+    )
+
+
+def _join(tree: Any, rest: Any) -> Any:
+    return jax.tree.map(
+        lambda x, other: other if x is None else x, tree, rest, is_leaf=lambda x: x is None
+    )
+
+
+def _check(model: AbstractModel, loss: str, communication: str, accumulate: int) -> None:
+    for key, value, known in (
+        ("loss", loss, get_args(Loss)),
+        ("loss_communication", communication, get_args(Communication)),
+    ):
+        if value not in known:
+            raise ConfigError(f"train.{key}={value!r}: choose one of {', '.join(known)}")
+    if loss == "sigmoid" and "logit_bias" not in model.params:
+        raise ConfigError(
+            "train.loss='sigmoid' learns a bias, which this model has not; "
+            "set config.model.logit_bias=True"
+        )
+    if accumulate < 1:
+        raise ConfigError(f"train.accumulate={accumulate} must be at least 1")
