@@ -2,10 +2,9 @@
 
 Where the mesh splits nothing but the batch, the towers run under `jax.shard_map`, each device on
 its own rows, and gradients are summed once a step, in float32, after the last layer; where it
-splits parameters, too, the partitioner places the sums (docs/step.md has the alternatives and what
-they cost). The loss is a function of embeddings alone, which makes accumulation exact: embed all
-microbatches, differentiate the loss of the whole batch by the embeddings, embed again and go on
-from there.
+splits parameters, too, the partitioner places the sums. The loss is a function of embeddings alone,
+which makes accumulation exact: embed all microbatches, differentiate the loss of the whole batch by
+the embeddings, embed again and go on from there.
 """
 
 import dataclasses
