@@ -41,11 +41,12 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        image_key, rounding_key = jax.random.split(key)
         loss, by_param, batch_stats = gradients(
-            state.params, state.batch_stats, batch, image_keys(key, len(batch.tokens))
+            state.params, state.batch_stats, batch, image_keys(image_key, len(batch.tokens))
         )
         updates, opt_state = optimizer.update(by_param, state.opt_state, state.params)
-        params = apply_updates(state.params, updates, key)
+        params = apply_updates(state.params, updates, rounding_key)
         params["logit_scale"] = jnp.minimum(params["logit_scale"], jnp.log(max_logit_scale))
         metrics = {
             "loss": loss,
