@@ -64,12 +64,7 @@ def train(
     """
     mesh = make_mesh(config.mesh)
     batch_size, steps = config.train.batch_size, config.train.steps
-    divisor = batch_divisor(mesh) * config.train.accumulate
-    if batch_size % divisor:
-        raise ConfigError(
-            f"train.batch_size={batch_size} is not a multiple of {divisor}: the devices along the "
-            "mesh's data and fsdp axes share out the batch, each train.accumulate microbatches"
-        )
+    _check_batch_size(batch_size, config.train.accumulate, mesh)
     model_config = architecture(config.model)
     preprocess = Preprocess(model_config.vision.image_size, config.data.mean, config.data.std)
     frozen = config.optim.frozen
@@ -168,6 +163,15 @@ def train(
         evaluated = evaluate(steps)
     trained = model.merge(state.best_params, state.batch_stats)
     return Result(trained, preprocess, mesh, evaluated)
+
+
+def _check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
+    divisor = batch_divisor(mesh) * accumulate
+    if batch_size % divisor:
+        raise ConfigError(
+            f"train.batch_size={batch_size} is not a multiple of {divisor}: the devices along the "
+            "mesh's data and fsdp axes share out the batch, each train.accumulate microbatches"
+        )
 
 
 def _start_from(path: str, state: TrainState, config: CLIPConfig) -> TrainState:
