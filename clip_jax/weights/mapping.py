@@ -178,7 +178,7 @@ def read(
     for group in _by_paths(entries).values():
         arrays: list[np.ndarray] = []
         for entry in group:
-            tensor = tensors.read(entry.name).reshape(entry.shape)
+            tensor = np.asarray(tensors.read(entry.name)).reshape(entry.shape)
             if entry.axes:
                 tensor = rearrange(tensor, entry.axes, **entry.sizes)
             parts = tensor if len(entry.paths) > 1 else [tensor]
