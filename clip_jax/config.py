@@ -7,7 +7,7 @@ changes single keys: `--config.optim.peak_lr=1e-3`. A key that is not here is an
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from absl import flags
 from ml_collections import ConfigDict, config_dict
@@ -111,17 +111,23 @@ def architecture(config: ConfigDict) -> CLIPConfig:
     """The `model` section as an architecture: the named model, changed where a value is given.
 
     Raises:
-        ConfigError: no model of that name, or a field that its towers do not have.
+        ConfigError: no model of that name, a field that its towers do not have, or a value that
+            is none of the choices.
     """
     base = model_config(config.name)
 
     def changed(tower: Any, part: str) -> Any:
         given = {key: value for key, value in config[part].items() if value is not None}
-        fields = [field.name for field in dataclasses.fields(tower)]
-        for key in given:
-            if key not in fields:
+        types = {field.name: field.type for field in dataclasses.fields(tower)}
+        for key, value in given.items():
+            if key not in types:
                 raise ConfigError(
-                    f"model.{part}.{key}: {config.name} has no such field, only {', '.join(fields)}"
+                    f"model.{part}.{key}: {config.name} has no such field, only {', '.join(types)}"
+                )
+            choices = get_args(types[key])
+            if get_origin(types[key]) is Literal and value not in choices:
+                raise ConfigError(
+                    f"model.{part}.{key}={value!r}: choose one of {', '.join(choices)}"
                 )
         return dataclasses.replace(tower, **given)
 

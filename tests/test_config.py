@@ -107,6 +107,11 @@ def test_every_recipe_says_how_to_run_it_and_only_sets_keys_there_are(path):
 @pytest.mark.parametrize(
     ("recipe", "name", "peak_lr"),
     [
+        ("rn50", "RN50", 5e-4),
+        ("rn101", "RN101", 5e-4),
+        ("rn50x4", "RN50x4", 5e-4),
+        ("rn50x16", "RN50x16", 4e-4),
+        ("rn50x64", "RN50x64", 3.6e-4),
         ("vitb32", "ViT-B/32", 5e-4),
         ("vitb16", "ViT-B/16", 5e-4),
         ("vitl14", "ViT-L/14", 4e-4),
@@ -120,7 +125,8 @@ def test_the_papers_recipes_have_the_papers_numbers(recipe, name, peak_lr):
     assert config.train.batch_size == 32_768
     assert config.train.max_logit_scale == 100
     optim = config.optim
-    assert (optim.peak_lr, optim.beta1, optim.beta2, optim.eps) == (peak_lr, 0.9, 0.98, 1e-6)
+    beta2, eps = (0.999, 1e-8) if name.startswith("RN") else (0.98, 1e-6)
+    assert (optim.peak_lr, optim.beta1, optim.beta2, optim.eps) == (peak_lr, 0.9, beta2, eps)
     assert (optim.weight_decay, optim.warmup_steps) == (0.2, 2_000)
     epochs = 1 if recipe == "vitl14_336" else 32
     assert config.train.steps * config.train.batch_size == pytest.approx(epochs * 400e6, rel=1e-4)
@@ -131,4 +137,34 @@ def test_an_unknown_model_name_is_answered_with_the_names():
     config = default_config()
     config.model.name = "ViT-B/17"
     with pytest.raises(ConfigError, match="did you mean 'ViT-B/1"):
+        architecture(config.model)
+
+
+def test_the_layers_of_a_resnet_and_of_a_vit_can_be_set(parse):
+    name = "--config.model.name=RN50"
+    config = parse(
+        name, "--config.model.vision.layers=(1, 1, 2, 1)", "--config.model.text.width=64"
+    )
+    assert architecture(config.model).vision.layers == (1, 1, 2, 1)
+    assert architecture(parse("--config.model.vision.layers=3").model).vision.layers == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change", "message"),
+    [
+        (
+            "RN50",
+            "vision",
+            {"patch_size": 8},
+            "patch_size: RN50 has no such field, only image_size",
+        ),
+        ("ViT-B/16", "vision", {"pool": "max"}, "pool='max': choose one of class, mean, map"),
+        ("ViT-B/16", "text", {"activation": "relu"}, "'relu': choose one of quick_gelu, gelu"),
+    ],
+)
+def test_a_field_or_a_choice_that_the_tower_does_not_have_is_refused(name, part, change, message):
+    config = default_config()
+    config.model.name = name
+    config.model[part].update(change)
+    with pytest.raises(ConfigError, match=message):
         architecture(config.model)

@@ -132,8 +132,6 @@ class TextTransformer(nnx.Module):
 
 
 def _check(config: TextConfig, embed_dim: int) -> None:
-    if config.pool not in ("eot", "last"):
-        raise ConfigError(f"text.pool {config.pool!r}: choose one of eot, last")
     if not config.projection and config.width != embed_dim:
         raise ConfigError(
             f"text.projection=False makes the width the embedding: expected embed_dim "

@@ -218,8 +218,6 @@ def _check(config: ViTConfig, embed_dim: int) -> None:
             f"patches of {config.patch_size} pixels do not divide an image of "
             f"{config.image_size} pixels"
         )
-    if config.pool not in ("class", "mean", "map"):
-        raise ConfigError(f"vision.pool {config.pool!r}: choose one of class, mean, map")
     if config.pool == "class" and not config.class_token:
         raise ConfigError("vision.pool='class' needs vision.class_token=True, or another pool")
     if not config.projection and config.width != embed_dim:

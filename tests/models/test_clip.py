@@ -178,8 +178,8 @@ def test_what_follows_the_end_of_text_and_how_much_padding_does_not_matter():
     model = tiny_model()
     full = model.encode_text(tokens())
     dirty = tokens().at[0, 8].set(5).at[1, 6].set(999)  # smaller ids than EOT
-    np.testing.assert_allclose(model.encode_text(dirty), full, atol=1e-6)
-    np.testing.assert_allclose(model.encode_text(tokens()[:2, :7]), full[:2], atol=1e-6)
+    np.testing.assert_allclose(model.encode_text(dirty), full, atol=1e-5)
+    np.testing.assert_allclose(model.encode_text(tokens()[:2, :7]), full[:2], atol=1e-5)
 
 
 def test_rows_do_not_influence_each_other():
@@ -191,9 +191,12 @@ def test_rows_do_not_influence_each_other():
 
 @pytest.mark.parametrize("remat", ["dots", "dots_no_hidden", "full"])
 def test_remat_changes_no_gradient(remat):
-    def gradients(remat):
-        model = tiny_model(remat=remat)
+    @jax.jit
+    def gradient(model):
         return jax.grad(lambda m: jnp.sum(m(images(), tokens())[0] ** 2))(model)
+
+    def gradients(remat):
+        return gradient(tiny_model(remat=remat))
 
     expected, found = nnx.state(gradients("none")), nnx.state(gradients(remat))
     jax.tree.map(
