@@ -1,20 +1,21 @@
 """Pixels against OpenAI's transform as its repository has it, built of torchvision's parts.
 
 Real photographs and made-up ones, odd sizes, every mode, EXIF rotation: through `load`'s preprocess
-and through the tf.data path of evaluation.
+and through the decoding of evaluation.
 """
 
 import io
+import json
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
-from clip_jax.data.images import evaluation_pixels
+from clip_jax.eval.embed import decode
 from clip_jax.preprocess import MEAN, STD, Preprocess
+from clip_jax.weights.transformers import default_preprocess, write_preprocess
 from tests.data.records import photograph
 
 torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
@@ -52,14 +53,6 @@ def picture(width, height, mode):
     return image.convert(mode)
 
 
-def evaluated(file, preprocess):
-    """What evaluation makes of a file, inside tf.data."""
-    dataset = tf.data.Dataset.from_tensors(file).map(
-        lambda image: evaluation_pixels(image, preprocess)
-    )
-    return next(dataset.as_numpy_iterator())
-
-
 def difference(found, expected):
     return np.abs(found - expected.numpy().transpose(1, 2, 0)).max()
 
@@ -81,7 +74,7 @@ def test_photographs_are_openais_and_evaluations(name, size):
         expected = openais(size)(image)
         assert difference(Preprocess(size)(image), expected) == 0
     preprocess = Preprocess(size)
-    pixels = evaluated(path.read_bytes(), preprocess)
+    pixels = decode(path.read_bytes(), preprocess)
     with Image.open(path) as image:
         np.testing.assert_array_equal(pixels, preprocess.resize(image))
     assert difference(np.asarray(preprocess.normalize(pixels)), expected) < 1e-6
@@ -92,7 +85,7 @@ def test_evaluation_of_every_mode_is_openais(mode):
     file = io.BytesIO()
     picture(301, 200, mode).save(file, "PNG")
     preprocess = Preprocess(96)
-    pixels = evaluated(file.getvalue(), preprocess)
+    pixels = decode(file.getvalue(), preprocess)
     expected = openais(96)(Image.open(io.BytesIO(file.getvalue())))
     assert difference(np.asarray(preprocess.normalize(pixels)), expected) < 1e-6
 
@@ -105,7 +98,7 @@ def test_cmyk_and_rotated_jpegs():
         assert image.size == (301, 200)  # the rotation is in the tag
         expected = openais(96)(image)
         assert difference(Preprocess(96)(image), expected) == 0
-        pixels = evaluated(file.getvalue(), Preprocess(96))
+        pixels = decode(file.getvalue(), Preprocess(96))
         assert difference(np.asarray(Preprocess(96).normalize(pixels)), expected) < 1e-6
 
 
@@ -131,11 +124,7 @@ def test_the_other_modes_are_open_clips(mode, interpolation):
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_transformers_processors_read_what_convert_writes(kind, tmp_path):
-    import json
-
     transformers = pytest.importorskip("transformers", reason="pip install -e '.[parity]'")
-    from clip_jax.weights.transformers import default_preprocess, write_preprocess
-
     preprocess = default_preprocess(96, kind)
     values = write_preprocess(preprocess, kind)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
