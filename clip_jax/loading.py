@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from etils import epath
 from flax import nnx
@@ -114,7 +115,7 @@ def read_weights(source: epath.PathLike, *, model: Named = None) -> Weights:
         arrays = flatten(params) | flatten(statistics)
         return Weights(card.model, card.preprocess, card.tokenizer, path, arrays)
     found = _describe(path, named, model)
-    arrays = {name: jnp.asarray(array) for name, array in found.arrays()}
+    arrays = {name: jax.device_put(array) for name, array in found.arrays()}
     folder = path if path.is_dir() else path.parent
     return Weights(found.config, found.preprocess, found.tokenizer, folder, arrays)
 

@@ -3,7 +3,7 @@
     python train.py --config=configs/quickstart.py
 
 Hardware: two cores of a CPU; no accelerator, no download.
-Time: 7 min 35 s from launch to printed results on two cores at 2.8 GHz, the data set's making and
+Time: 6 min 44 s from launch to printed results on two cores at 2.8 GHz, the data set's making and
     the compilation included.
 Result: zero-shot top-1 37.8 % (37.3, 37.7, 38.6 for seeds 0, 1, 2) and top-5 65.5 % (65.7, 65.2,
     65.6) among the names of 721 characters never seen in training; chance is 0.14 %. 2,400 steps

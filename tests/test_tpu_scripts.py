@@ -41,6 +41,7 @@ HOSTILE = [
 # Plays `states` one after the other (the last one for ever) and fails where `fail` says so.
 GCLOUD = """
 import contextlib, json, os, pathlib, shutil, signal, subprocess, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would pass on that it is ignored
 fake, argv = pathlib.Path(os.environ["FAKE"]), sys.argv[1:]
 with open(fake / "record", "a") as record:
     record.write(json.dumps(argv) + "\\n")

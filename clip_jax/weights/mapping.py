@@ -8,6 +8,7 @@ shape is an error, and all of them are reported together.
 
 import collections
 import dataclasses
+import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
@@ -184,10 +185,15 @@ def read(
             parts = tensor if len(entry.paths) > 1 else [tensor]
             stack = () if entry.layer is None else (len(group),)
             if not arrays:
-                arrays = [np.empty(stack + part.shape, np.float32) for part in parts]
+                arrays = [_empty(stack + part.shape) for part in parts]
             for array, part in zip(arrays, parts, strict=True):
                 _copy(part, array if entry.layer is None else array[entry.layer, ...])
         yield from zip(group[0].paths, arrays, strict=True)
+
+
+def _empty(shape: Shape) -> np.ndarray:
+    """Whole pages of memory: JAX on a CPU takes over what is aligned, without a copy."""
+    return np.frombuffer(mmap.mmap(-1, 4 * prod(shape)), np.float32).reshape(shape)
 
 
 def _copy(view: np.ndarray, out: np.ndarray) -> None:

@@ -8,6 +8,7 @@ and embeddings that the plain tests compare with:
 
 import argparse
 import gc
+import itertools
 import json
 import logging
 import warnings
@@ -16,19 +17,29 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 import clip_jax
 from clip_jax.convert import convert
 from clip_jax.loading import read_weights
-from clip_jax.tokenizer import EOT, SOT
 from clip_jax.weights import big_vision, open_clip, openai
-from clip_jax.weights.mapping import Tensors, read
-from clip_jax.weights.source import abstract_model, entries, nest, to_tensors
+from clip_jax.weights.mapping import read
+from clip_jax.weights.source import entries, to_tensors
+from tests.parity.programs import (
+    SMALL,
+    as_file,
+    built,
+    inputs,
+    numpy_state,
+    our_arrays,
+    our_config,
+    perturbed,
+    relative,
+    their_model,
+    theirs,
+    torch,
+)
 from tests.weights.small import SIGLIP, random_arrays
 
-torch = pytest.importorskip("torch", reason="needs torch: pip install -e '.[parity]'")
-theirs = pytest.importorskip("open_clip", reason="needs open_clip: pip install -e '.[parity]'")
 transformers = pytest.importorskip(
     "transformers", reason="needs transformers: pip install -e '.[parity]'"
 )
@@ -39,81 +50,11 @@ OPENAI = ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64"]
 OPENAI += ["ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"]
 BIG = {"RN50x16", "RN50x64", "ViT-L/14", "ViT-L/14@336px"}
 
-SMALL_TEXT = {"width": 64, "heads": 1, "layers": 2, "context_length": 9, "vocab_size": 50}
-SMALL = {
-    "vit": {
-        "embed_dim": 24,
-        "quick_gelu": True,
-        "vision_cfg": {
-            "image_size": 32, "patch_size": 8, "width": 128, "layers": 3, "mlp_ratio": 2.0
-        },
-        "text_cfg": SMALL_TEXT,
-    },
-    "vit, gelu, wide heads": {
-        "embed_dim": 24,
-        "vision_cfg": {
-            "image_size": 32, "patch_size": 8, "width": 160, "layers": 2, "head_width": 80,
-            "mlp_ratio": 4.9231,
-        },
-        "text_cfg": SMALL_TEXT | {"act_kwargs": {"approximate": "tanh"}},
-    },
-    "vit, mean pooled": {
-        "embed_dim": 24,
-        "vision_cfg": {
-            "image_size": 32, "patch_size": 8, "width": 128, "layers": 2, "pool_type": "avg",
-            "final_ln_after_pool": True, "no_ln_pre": True,
-        },
-        "text_cfg": SMALL_TEXT | {"pool_type": "last", "no_causal_mask": True},
-    },
-    "resnet": {
-        "embed_dim": 24,
-        "quick_gelu": True,
-        "vision_cfg": {"image_size": 64, "width": 16, "layers": [1, 2, 3, 1], "head_width": 64},
-        "text_cfg": SMALL_TEXT,
-    },
-}  # fmt: skip
-
-
-def perturbed(model):
-    """Away from zeros and ones, which hide mistakes; in evaluation mode."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.add_(0.2 * torch.rand_like(buffer))
-    return model.eval()
-
-
-def their_model(config):
-    config = json.loads(json.dumps(config))
-    torch.manual_seed(0)
-    kind = theirs.model.CustomTextCLIP if config.pop("custom_text", False) else theirs.model.CLIP
-    return perturbed(kind(**config))
-
-
-def inputs(config, batch=2):
-    """Normalised pictures, and tokens whose end of text is the largest id."""
-    random = np.random.default_rng(0)
-    size, text = config.vision.image_size, config.text
-    images = random.normal(size=(batch, size, size, 3)).astype(np.float32)
-    end = EOT if text.vocab_size > EOT else text.vocab_size - 1
-    tokens = random.integers(1, min(end, SOT), (batch, text.context_length)).astype(np.int32)
-    if text.pool == "eot":
-        for row in range(batch):
-            at = text.context_length - 1 - 3 * row
-            tokens[row, at], tokens[row, at + 1 :] = end, 0
-    return images, tokens
-
 
 @jax.jit
 def embeddings(model, images, tokens):
     with jax.default_matmul_precision("highest"):
         return model.encode_image(images), model.encode_text(tokens)
-
-
-def relative(found, expected):
-    return np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected)
 
 
 def assert_agrees(ours, model, batch=2):
@@ -128,13 +69,6 @@ def assert_agrees(ours, model, batch=2):
     return max(differences)
 
 
-def in_memory(model):
-    """A torch model as a file that is open."""
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return Tensors("a model", shapes, lambda name: state[name].numpy())
-
-
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] if name in BIG else []) for name in OPENAI],
@@ -142,29 +76,17 @@ def in_memory(model):
 def test_the_models_of_the_paper_embed_as_open_clips(name, record_property):
     their_name = name.replace("@336px", "-336").replace("/", "-") + "-quickgelu"
     described = theirs.get_model_config(their_name)
-    config, _, _ = open_clip.read_config({"model_cfg": described, "preprocess_cfg": {}}, name)
+    config = our_config(described)
     assert config == clip_jax.models.model_config(name)
     model = their_model(described)
-    tensors = in_memory(model)
-    table = entries(open_clip.rules(config, custom_text=False, timm=False), config)
-    arrays = dict(open_clip_read(table, tensors))
+    arrays = our_arrays(config, numpy_state(model))
     ours = built(config, arrays)
     difference = assert_agrees(ours, model, batch=1 if name in BIG else 2)
     record_property("relative difference", float(difference))
     print(f"{name}: {difference:.2g}")
-    del model, ours, arrays, tensors
+    del model, ours, arrays
     gc.collect()
     jax.clear_caches()
-
-
-def open_clip_read(table, tensors):
-    return read(table, tensors, openai.IGNORED)
-
-
-def built(config, arrays):
-    graphdef, *parts = abstract_model(config)
-    params, statistics = (nest({path: arrays[path] for path in part}) for part in parts)
-    return nnx.merge(graphdef, params, statistics)
 
 
 def save_open_clip(folder, config, model, form):
@@ -189,11 +111,12 @@ def save_open_clip(folder, config, model, form):
     return folder
 
 
-@pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("form", ["safetensors", "bin", "legacy", "checkpoint"])
+FORMS = [(name, "safetensors") for name in SMALL]
+FORMS += itertools.product(["vit", "resnet"], ["bin", "legacy", "checkpoint"])
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
 def test_every_form_of_open_clips_files(name, form, tmp_path):
-    if form != "safetensors" and name not in ("vit", "resnet"):
-        pytest.skip("the forms differ in the files, not in the architecture")
     model = their_model(SMALL[name])
     ours, preprocess = clip_jax.load(save_open_clip(tmp_path / "a", SMALL[name], model, form))
     assert preprocess.mean == (0.5, 0.5, 0.5)
@@ -399,7 +322,7 @@ BIG_VISION = ("img/Transformer", "txt/Encoder_0")
 def test_timms_names_of_siglip_are_read_as_open_clip_writes_them():
     model = perturbed(Siglip())
     rules = open_clip.rules(SIGLIP, custom_text=True, timm=True)
-    arrays = dict(open_clip_read(entries(rules, SIGLIP), in_memory(model)))
+    arrays = dict(read(entries(rules, SIGLIP), as_file(numpy_state(model)), openai.IGNORED))
     assert_agrees(built(SIGLIP, arrays), model)
 
 
@@ -419,8 +342,7 @@ def record():
             for buffer in model.buffers():
                 if buffer.is_floating_point():
                     buffer.copy_(buffer.half().float())
-        described, _, _ = open_clip.read_config({"model_cfg": config, "preprocess_cfg": {}}, "")
-        images, tokens = inputs(described)
+        images, tokens = inputs(our_config(config))
         with torch.no_grad():
             image = model.encode_image(torch.tensor(images.transpose(0, 3, 1, 2)))
             text = model.encode_text(torch.tensor(tokens, dtype=torch.long))
