@@ -48,17 +48,30 @@ def default_config() -> ConfigDict:
                 "logit_bias": config_dict.placeholder(bool),
             },
             "data": {
-                # "tfds:NAME:SPLIT", or TFRecord shards: a path, a brace pattern, several of them
-                # separated by commas; local or gs://.
-                "train": config_dict.placeholder(str),
+                # Shards (.tar, TFRecord), a table (.csv, .tsv, .jsonl), a folder, tfds:NAME:SPLIT;
+                # or [(spec, weight), ...], a mixture. See clip_jax/data/sources.py.
+                "train": config_dict.placeholder(object),
                 "data_dir": config_dict.placeholder(str),  # of TFDS; None: TFDS's own default
-                "image_feature": "jpg",  # of TFRecords; the default is what img2dataset writes
-                "caption_feature": "txt",
+                # Where a record has its picture; None: where the format has it by custom.
+                "image_field": config_dict.placeholder(str),
+                # Where it has its caption: a field, or {field: probability} to choose from.
+                "captions": config_dict.placeholder(object),
+                "templates": ("a photo of a {}.",),  # captions from labels, where there are none
                 "streams": 8,  # the order's units: fixed, so that it does not depend on hosts
-                "shuffle_window": 65_536,  # pairs, of all streams together
+                "shuffle_bytes": 1 << 30,  # of compressed records, of all streams together
+                "max_bad": 0.05,  # share of bad records, or shards, at which the run stops
+                "max_pixels": 89_478_485,  # of a picture, by its header; Pillow's own limit
                 # Sides of the random square crop, as shares of the largest square; (1, 1) is the
                 # paper's crop: short side to size, then a random square.
                 "crop": (1.0, 1.0),
+                # Instead of it, OpenCLIP's random resized crop: bounds of the area, as shares of
+                # the picture's (its default is (0.9, 1.0)), and of width by height.
+                "resized_crop": config_dict.placeholder(tuple),
+                "crop_ratio": (3 / 4, 4 / 3),
+                # Strengths of brightness, contrast, saturation and hue, as in torchvision.
+                "color_jitter": (0.0, 0.0, 0.0, 0.0),
+                "color_jitter_prob": 0.8,
+                "gray_prob": 0.0,
                 # Of the pixels in [0, 1], by channel; the default is CLIP's.
                 "mean": MEAN,
                 "std": STD,

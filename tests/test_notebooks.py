@@ -23,7 +23,7 @@ QUICKSTART = next(path for path in NOTEBOOKS if path.name == "quickstart.ipynb")
 STEPS, PICTURES = 90, 3
 QUICK = {
     "data.crop": (1.0, 1.0),
-    "data.shuffle_window": 4096,
+    "data.shuffle_bytes": 1 << 22,
     "log.every": 10,
     "model.embed_dim": 64,
     "model.text.layers": 1,

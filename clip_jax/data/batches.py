@@ -1,236 +1,171 @@
-"""Batches for the device: training batches in exact order, and evaluation batches without loss."""
+"""Training batches for the device, in exact order."""
 
-import queue
-import re
-import threading
-import time
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, NamedTuple, TypeVar
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tensorflow as tf
-from jaxtyping import Bool, UInt8
 from ml_collections import ConfigDict
 
-from clip_jax.data import images
 from clip_jax.data.batch import Batch
-from clip_jax.data.order import Order, find_unreadable_shard, fold_in, ordered_records
-from clip_jax.data.sources import Source
-from clip_jax.errors import DataError
-from clip_jax.preprocess import Preprocess
+from clip_jax.data.faults import INVALID_UTF8, LONG_CAPTION, Fault, Faults
+from clip_jax.data.order import Order, Stream
+from clip_jax.data.prefetch import Prefetch
+from clip_jax.data.rows import LONGEST_CAPTION, Reader, RowFunction
+from clip_jax.data.source import Mixture
 from clip_jax.tokenizer import tokenize
 
-T = TypeVar("T")
 
+class TrainBatch(NamedTuple):
+    """What the step takes, and what the loop must know beside it."""
 
-class EvalBatch(NamedTuple):
-    """Rows of an evaluation set; the rows whose `valid` is False are padding."""
-
-    image: UInt8[np.ndarray, "b H W 3"]
-    valid: Bool[np.ndarray, " b"]
-    features: dict[str, np.ndarray]
+    batch: Batch  # this host's rows, in host memory
+    order: Order  # where the data stands once the batch is taken; of this host's streams
+    faults: Faults  # what was bad so far; on this host
 
 
 def train_batches(
-    source: Source,
-    order: Order,
-    config: ConfigDict,
-    image_size: int,
-    context_length: int,
-) -> Iterator[Batch]:
-    """Endless batches from where `order` stands; this host's rows, in host memory.
+    mixture: Mixture, order: Order, config: ConfigDict, image_size: int, context_length: int
+) -> Iterator[TrainBatch]:
+    """Endless batches from where `order` stands.
 
-    The crop of a record depends on the seed, its stream and its ticket alone.
+    What happens to a record depends on the seed, its stream and its ticket alone. Bad records are
+    left out and counted.
+
+    Args:
+        mixture: of sources with captions, or with labels that have names.
+        order: of the mixture.
+        config: of the run; the `data` section and train.batch_size.
+        image_size: of the square pictures.
+        context_length: of the tokens.
 
     Raises:
-        DataError: a source without captions, a picture that does not decode, an empty caption, a
-            shard that cannot be read; the message names shard and record.
+        DataError: a mixture without captions, streams that hosts or batch cannot share out, or more
+            bad data than config.data.max_bad allows.
     """
     batch_size = config.train.batch_size
     host, hosts = jax.process_index(), jax.process_count()
-    features = tf.data.Dataset.from_tensors(b"").map(source.parse).element_spec
-    if features.get("caption") != tf.TensorSpec([], tf.string):
-        raise DataError(
-            f"{source.spec} has no feature `caption` of one string; it has {', '.join(features)}"
-        )
-
-    def to_row(record: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        features = source.parse(record["record"])
-        seed = fold_in([order.seed, 1], record["stream"], record["ticket"])
-        return {
-            "image": images.random_square_crop(
-                images.decode(features["image"]), image_size, config.data.crop, seed
-            ),
-            "caption": features["caption"],
-            "shard": record["shard"],
-            "index": record["index"],
-        }
-
-    rows = ordered_records(source, order, batch_size, host, hosts).map(
-        to_row, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    order.rows_per_stream(batch_size)
+    order.own_streams(host, hosts)
+    functions = [RowFunction(source, config.data, image_size) for source in mixture.sources]
+    rows = _Rows(mixture, functions, order, config, batch_size, host, hosts)
+    # Captions become tokens while the device is fed with the batch before.
+    ahead = Prefetch(
+        rows.batches(), lambda taken: _with_tokens(taken, context_length, rows.faults), depth=1
     )
-    rows = rows.batch(batch_size // hosts, drop_remainder=True).prefetch(2)
-    iterator = rows.as_numpy_iterator()
-    while True:
-        try:
-            batch = next(iterator)
-        except tf.errors.OpError as error:
-            fault = _find_fault(source, order, batch_size, host, hosts)
-            raise DataError(fault or f"{source.spec}: {_reason(error)}") from error
-        yield Batch(batch["image"], _tokenize(batch, context_length))
-        order = order.after(1, batch_size)
+    try:
+        yield from ahead
+    finally:
+        ahead.close()
+        rows.faults.settle()
 
 
-def _tokenize(batch: dict[str, np.ndarray], context_length: int) -> np.ndarray:
-    captions = [caption.decode("utf-8", errors="replace") for caption in batch["caption"]]
-    for row, caption in enumerate(captions):
-        if not caption.strip():
-            raise DataError(
-                f"{batch['shard'][row].decode()}, record {batch['index'][row]}: the caption is "
-                "empty; write the shard again without the record"
+class _Rows:
+    """The rows of this host's streams, batch by batch."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        functions: list[RowFunction],
+        order: Order,
+        config: ConfigDict,
+        batch_size: int,
+        host: int,
+        hosts: int,
+    ):
+        self._weights = mixture.weights
+        self._order = order
+        self.faults = Faults(config.data.max_bad)
+        self._rows = order.rows_per_stream(batch_size)
+        self._streams = order.own_streams(host, hosts)
+        readers = len(mixture.sources) * len(self._streams)
+        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        parallel = -(-2 * self._cores // readers) + 1
+        self._readers = [
+            Reader(
+                Stream(
+                    source,
+                    (number, stream, order.streams),
+                    order.seed,
+                    order.window,
+                    order.places[number][stream],
+                    self.faults,
+                ),
+                functions[number],
+                parallel,
+                self._rows,
+                self.faults,
             )
-    return tokenize(captions, context_length, truncate=True)
+            for number, source in enumerate(mixture.sources)
+            for stream in self._streams
+        ]
 
+    def _turns(self) -> Iterator[np.ndarray]:
+        """For each row of a batch the reader whose turn it is, batch after batch."""
+        order, count = self._order, len(self._streams)
+        while True:
+            yield np.concatenate(
+                [
+                    order.turns(stream, self._rows, self._weights) * count + own
+                    for own, stream in enumerate(self._streams)
+                ]
+            )
+            order = dataclasses.replace(order, rows=order.rows + self._rows)
 
-def _find_fault(source: Source, order: Order, batch_size: int, host: int, hosts: int) -> str | None:
-    """Reads the batch that failed once more, one record at a time, to name the one at fault."""
-    records = ordered_records(source, order, batch_size, host, hosts).take(batch_size // hosts)
-    try:
-        for record in records:
-            try:
-                images.decode(source.parse(record["record"])["image"])
-            except tf.errors.OpError as error:
-                return (
-                    f"{record['shard'].numpy().decode()}, record {record['index']}: "
-                    f"{_reason(error)}; write the shard again without the record"
-                )
-    except tf.errors.OpError as error:
-        path = find_unreadable_shard(source, order, batch_size, host, hosts)
-        return f"{path or source.spec} cannot be read: {_reason(error)}"
-    return None
-
-
-def _reason(error: tf.errors.OpError) -> str:
-    """What went wrong, without the places in the graph."""
-    return re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message.splitlines()[0]).strip(" .")
-
-
-def eval_batches(source: Source, preprocess: Preprocess, batch_size: int) -> Iterator[EvalBatch]:
-    """Every example once, in order, through the evaluation transform.
-
-    The hosts share out the examples; all of them get the same number of batches of
-    `batch_size // hosts` rows, so that collectives match, the last ones padded.
-
-    Raises:
-        DataError: a picture that does not decode, or a shard that cannot be read.
-    """
-    host, hosts = jax.process_index(), jax.process_count()
-    if batch_size % hosts:
-        raise DataError(f"eval.batch_size={batch_size} is not a multiple of the {hosts} hosts")
-    rows_per_host = batch_size // hosts
-
-    def to_row(features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        return features | {"image": images.evaluation_pixels(features.pop("image"), preprocess)}
-
-    records = tf.data.Dataset.from_generator(
-        lambda: iter(source.shards),
-        output_signature=(
-            tf.TensorSpec([], tf.string),
-            tf.TensorSpec([], tf.int64),
-            tf.TensorSpec([], tf.int64),
-        ),
-    ).flat_map(lambda path, skip, take: tf.data.TFRecordDataset(path).skip(skip).take(take))
-    rows = (
-        records.shard(hosts, host)
-        .map(source.parse)
-        .map(to_row, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .batch(rows_per_host)
-        .prefetch(2)
-    )
-    batches = -(-_count(source, records) // batch_size)
-    iterator = rows.as_numpy_iterator()
-    no_row = {
-        key: np.zeros([0, *spec.shape[1:]], spec.dtype.as_numpy_dtype)
-        for key, spec in rows.element_spec.items()
-    }
-    for _ in range(batches):
-        try:
-            row = next(iterator, no_row)  # the other hosts may have one batch more
-        except tf.errors.OpError as error:
-            raise DataError(f"{source.spec}: {_reason(error)}") from error
-        padded = {key: _pad(value, rows_per_host) for key, value in row.items()}
-        yield EvalBatch(
-            image=padded.pop("image"),
-            valid=np.arange(rows_per_host) < len(row["image"]),
-            features=padded,
+    def batches(self) -> Iterator[tuple[dict[str, np.ndarray], list[str], Order]]:
+        """Rows, their captions, and the order after them."""
+        turns = tf.data.Dataset.from_generator(
+            self._turns, output_signature=tf.TensorSpec([None], tf.int64)
+        ).unbatch()
+        rows = tf.data.Dataset.choose_from_datasets(
+            [reader.dataset() for reader in self._readers], turns
         )
+        rows = rows.batch(self._rows * len(self._streams), drop_remainder=True).prefetch(2)
+        options = tf.data.Options()
+        # A thread that waits for storage computes nothing: as many more as may wait.
+        options.threading.private_threadpool_size = self._cores + len(self._readers)
+        iterator = rows.with_options(options).as_numpy_iterator()
+        for turn, batch in zip(self._turns(), iterator, strict=False):
+            tickets = batch.pop("ticket")
+            captions = [
+                self._repaired(caption, self._readers[reader], ticket)
+                for caption, reader, ticket in zip(
+                    batch.pop("caption"), turn, tickets.tolist(), strict=True
+                )
+            ]
+            for number, reader in enumerate(self._readers):
+                reader.deliver(tickets[turn == number])
+            self._order = self._after_batch()
+            yield batch, captions, self._order
+        for reader in self._readers:
+            if reader.failure is not None:
+                raise reader.failure
 
+    def _after_batch(self) -> Order:
+        places = [list(places) for places in self._order.places]
+        count = len(self._streams)
+        for number, reader in enumerate(self._readers):
+            places[number // count][self._streams[number % count]] = reader.place
+        rows = self._order.rows + self._rows
+        return dataclasses.replace(self._order, rows=rows, places=tuple(map(tuple, places)))
 
-def _pad(rows: np.ndarray, length: int) -> np.ndarray:
-    filling = b"" if rows.dtype == object else 0  # TensorFlow's strings arrive as objects
-    shape = (length - len(rows), *rows.shape[1:])
-    return np.concatenate([rows, np.full(shape, filling, rows.dtype)])
-
-
-def _count(source: Source, records: tf.data.Dataset) -> int:
-    if source.counts is not None:
-        return sum(source.counts)
-    try:
-        return int(records.reduce(np.int64(0), lambda total, _: total + 1))
-    except tf.errors.OpError as error:
-        raise DataError(f"{source.spec} cannot be read: {_reason(error)}") from error
-
-
-class Prefetch(Generic[T]):
-    """Runs an iterator in a thread, `depth` items ahead, and measures how long one waits for it.
-
-    An exception in the thread is raised where the item would have been taken.
-
-    Attributes:
-        waited: seconds that `next` has blocked so far.
-    """
-
-    def __init__(self, items: Iterator[Any], put: Callable[[Any], T], depth: int = 2):
-        self.waited = 0.0
-        self._queue: queue.Queue[Any] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(items, put), daemon=True)
-        self._thread.start()
-
-    def _run(self, items: Iterator[Any], put: Callable[[Any], T]) -> None:
+    def _repaired(self, caption: bytes, reader: Reader, ticket: int) -> str:
+        """The caption as text; what had to be mended is counted."""
+        if len(caption) > LONGEST_CAPTION:
+            caption = caption[:LONGEST_CAPTION]
+            fault = Fault(LONG_CAPTION, f"cut to {LONGEST_CAPTION} bytes")
+            self.faults.report(*reader.name(ticket), fault)
         try:
-            for item in items:
-                if not self._offer(put(item)):
-                    return
-            self._offer(StopIteration())
-        except BaseException as error:
-            self._offer(error)
+            return caption.decode()
+        except UnicodeDecodeError as error:
+            self.faults.report(*reader.name(ticket), Fault(INVALID_UTF8, str(error)))
+            return caption.decode(errors="replace")
 
-    def _offer(self, item: Any) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
 
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        if self._stop.is_set():
-            raise StopIteration
-        start = time.perf_counter()
-        item = self._queue.get()
-        self.waited += time.perf_counter() - start
-        if isinstance(item, BaseException):
-            self.close()
-            raise item
-        return item
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._stop.set()
-        self._thread.join()
+def _with_tokens(taken: Any, context_length: int, faults: Faults) -> TrainBatch:
+    rows, captions, order = taken
+    tokens = tokenize(captions, context_length, truncate=True)
+    return TrainBatch(Batch(rows["image"], tokens), order, faults)

@@ -1,12 +1,80 @@
-"""Encoded pictures -> uint8 squares, inside tf.data."""
+"""Encoded pictures -> uint8 pixels, inside tf.data."""
 
-import io
-
-import numpy as np
 import tensorflow as tf
-from PIL import Image, UnidentifiedImageError
 
-from clip_jax.preprocess import Preprocess
+UNKNOWN_FORMAT = "Unknown image file format"  # TensorFlow's own words
+_HEADER_BYTES = 32
+
+
+def read_size(image: tf.Tensor) -> tf.Tensor:
+    """Height and width by the header alone, int32 [2]; nothing is decoded.
+
+    Raises:
+        tf.errors.InvalidArgumentError: neither JPEG, PNG, GIF, WebP nor BMP.
+    """
+    return tf.cond(
+        tf.io.is_jpeg(image),
+        lambda: tf.io.extract_jpeg_shape(image)[:2],
+        lambda: _read_size_of_others(image),
+    )
+
+
+def _read_size_of_others(image: tf.Tensor) -> tf.Tensor:
+    header = tf.strings.substr(image, 0, _HEADER_BYTES)
+    filled = tf.strings.join([header, tf.constant(bytes(_HEADER_BYTES))])
+    octets = tf.cast(tf.io.decode_raw(filled, tf.uint8)[:_HEADER_BYTES], tf.int64)
+
+    def number(*places: int) -> tf.Tensor:  # the lowest byte first
+        parts = [octets[place] * 256**power for power, place in enumerate(places)]
+        return tf.add_n(parts)
+
+    def says(text: bytes, place: int = 0) -> tf.Tensor:
+        return tf.reduce_all(octets[place : place + len(text)] == tf.constant(list(text), tf.int64))
+
+    webp = says(b"RIFF") & says(b"WEBPVP8", 8)
+    vp8l = number(21, 22, 23, 24)
+    sizes = [  # whether it is one -> height, width
+        (says(b"\x89PNG\r\n\x1a\n"), number(23, 22, 21, 20), number(19, 18, 17, 16)),
+        (says(b"GIF8"), number(8, 9), number(6, 7)),
+        (says(b"BM"), tf.abs(number(22, 23, 24, 25)), number(18, 19, 20, 21)),
+        (webp & says(b" ", 15), number(28, 29) % 2**14, number(26, 27) % 2**14),
+        (webp & says(b"L", 15), 1 + vp8l // 2**14 % 2**14, 1 + vp8l % 2**14),
+        (webp & says(b"X", 15), 1 + number(27, 28, 29), 1 + number(24, 25, 26)),
+    ]
+    matches = tf.stack([match for match, _, _ in sizes])
+    with tf.control_dependencies([tf.debugging.Assert(tf.reduce_any(matches), [UNKNOWN_FORMAT])]):
+        chosen = tf.argmax(tf.cast(matches, tf.int32))
+    return tf.cast(tf.stack([tf.stack(size) for _, *size in sizes])[chosen], tf.int32)
+
+
+def within(size: tf.Tensor, max_pixels: int) -> tf.Tensor:
+    """The size [2]; raises if a picture of it is empty or holds more than `max_pixels`.
+
+    Raises:
+        tf.errors.InvalidArgumentError: it does.
+    """
+    pixels = tf.reduce_prod(tf.cast(size, tf.int64))
+    good = (tf.reduce_min(size) > 0) & (pixels <= max_pixels)
+    with tf.control_dependencies([tf.debugging.Assert(good, ["picture of size", size])]):
+        return tf.identity(size)
+
+
+def decode_box(image: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
+    """A part of a picture; of a JPEG only that part is decoded.
+
+    Args:
+        image: encoded bytes.
+        box: int32 [4], top, left, height and width in pixels, within the picture.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    pixels = tf.cond(
+        tf.io.is_jpeg(image),
+        lambda: tf.io.decode_and_crop_jpeg(image, box, channels=3, dct_method="INTEGER_ACCURATE"),
+        lambda: tf.slice(decode(image), [box[0], box[1], 0], [box[2], box[3], 3]),
+    )
+    return tf.ensure_shape(pixels, [None, None, 3])
 
 
 def decode(image: tf.Tensor) -> tf.Tensor:
@@ -20,51 +88,12 @@ def decode(image: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(pixels, [None, None, 3])
 
 
-def _to_uint8(pixels: tf.Tensor) -> tf.Tensor:
+def to_uint8(pixels: tf.Tensor) -> tf.Tensor:
+    """Rounds levels, halves up, and clips them to 0 and 255."""
     return tf.cast(tf.clip_by_value(tf.floor(pixels + 0.5), 0, 255), tf.uint8)
 
 
-def evaluation_pixels(image: tf.Tensor, preprocess: Preprocess) -> tf.Tensor:
-    """The bytes of a picture -> uint8 [size, size, 3], the very pixels that `preprocess` gives.
-
-    Pillow decodes and resizes them, outside TensorFlow's graph: TensorFlow's own decoders and
-    interpolation come close, not equal, in every mode but plain RGB, and take longer.
-
-    Raises:
-        tf.errors.OpError: bytes that Pillow cannot read.
-    """
-
-    def read(data: bytes) -> np.ndarray:
-        try:
-            with Image.open(io.BytesIO(data)) as picture:
-                return preprocess.resize(picture)
-        except UnidentifiedImageError:  # its own message is an address in memory
-            raise ValueError("not a picture that Pillow can read") from None
-
-    pixels = tf.numpy_function(read, [image], tf.uint8)
-    return tf.ensure_shape(pixels, [preprocess.size, preprocess.size, 3])
-
-
-def random_square_crop(
-    pixels: tf.Tensor, size: int, shares: tuple[float, float], seed: tf.Tensor
-) -> tf.Tensor:
-    """A random square of the picture, brought to `size`; uint8 [size, size, 3].
-
-    Args:
-        pixels: uint8 [H, W, 3].
-        size: of the result.
-        shares: bounds of the square's side as a share of the largest square's. (1, 1) is the
-            paper's augmentation: short side to `size`, then a random square.
-        seed: int64 [2]; the same seed takes the same square.
-    """
-    shape = tf.shape(pixels)
-    height, width = shape[0], shape[1]
-    share, down, right = tf.unstack(tf.random.stateless_uniform([3], seed))
-    largest = tf.cast(tf.minimum(height, width), tf.float32)
-    side = tf.cast(tf.round(largest * (shares[0] + share * (shares[1] - shares[0]))), tf.int32)
-    side = tf.clip_by_value(side, 1, tf.minimum(height, width))
-    top = tf.cast(down * tf.cast(height - side + 1, tf.float32), tf.int32)
-    left = tf.cast(right * tf.cast(width - side + 1, tf.float32), tf.int32)
-    square = pixels[top : top + side, left : left + side]
-    resized = tf.image.resize(square, [size, size], tf.image.ResizeMethod.BICUBIC, antialias=True)
-    return tf.ensure_shape(_to_uint8(resized), [size, size, 3])
+def resize(pixels: tf.Tensor, size: int) -> tf.Tensor:
+    """Antialiased bicubic interpolation to a square: uint8 [H, W, 3] -> uint8 [size, size, 3]."""
+    resized = tf.image.resize(pixels, [size, size], tf.image.ResizeMethod.BICUBIC, antialias=True)
+    return tf.ensure_shape(to_uint8(resized), [size, size, 3])

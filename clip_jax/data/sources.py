@@ -1,53 +1,32 @@
-"""Where pairs come from: a spec string -> shards of records, and how a record is parsed.
+"""Where pairs come from: a spec -> a source, or a mixture of several.
 
-Specs:
-    tfds:NAME:SPLIT             a prepared TFDS data set with an image and a caption
-    PATH[,PATH...]              TFRecord shards; brace patterns ({00000..00099}, {a,b}) and
-                                wildcards are expanded; local or gs://
+Specs of one source:
+    tfds:NAME:SPLIT         a prepared TFDS data set with an image and a caption or a label
+    PATHS.tar               WebDataset shards, as img2dataset writes them
+    TABLE.csv .tsv .jsonl   rows of a path and captions or a label
+    FOLDER                  of shards; of class folders; or of pictures, with the caption in a .txt
+                            beside each
+    PATHS                   anything else: TFRecord shards, or .array_record, of tf.train.Example
+
+PATHS is a path, a brace pattern ({00000..00099}, {a,b}), a wildcard, or several with commas
+between; local or gs://.
 """
 
-import dataclasses
-import itertools
-import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import tensorflow as tf
-import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from clip_jax.data import glyphs
+from clip_jax.data.catalog import open_tfds
+from clip_jax.data.files import TABLES, open_folder, open_table
+from clip_jax.data.paths import expand_paths, is_folder, join, list_folder
+from clip_jax.data.shards import open_examples, open_tars
+from clip_jax.data.source import Mixture, Source, caption_fields
 from clip_jax.errors import DataError
 
-Features = dict[str, tf.Tensor]
+SHARDS = (".tar", ".tfrecord", ".tfrecords", ".array_record")
 
-
-class Shard(NamedTuple):
-    """A TFRecord file, or the run of its records that belongs to a split."""
-
-    path: str
-    skip: int = 0
-    take: int = -1  # -1: to the end
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Shards of records, and the function that parses one.
-
-    Attributes:
-        spec: the string that named it.
-        shards: the files, in their order.
-        parse: serialized record -> features, in TensorFlow; pictures stay encoded bytes. A source
-            for training has `image` and `caption`.
-        counts: records by shard, where the source knows them without reading.
-        label_names: what the integers of the feature `label` stand for, where it has names.
-    """
-
-    spec: str
-    shards: tuple[Shard, ...]
-    parse: Callable[[tf.Tensor], Features]
-    counts: tuple[int, ...] | None = None
-    label_names: tuple[str, ...] | None = None
+__all__ = ["Mixture", "Source", "open_mixture", "open_source"]
 
 
 def open_source(spec: str | None, config: ConfigDict) -> Source:
@@ -55,114 +34,77 @@ def open_source(spec: str | None, config: ConfigDict) -> Source:
 
     Args:
         spec: see the module's docstring.
-        config: the `data` section: data_dir, image_feature, caption_feature.
+        config: the `data` section: data_dir, image_field, captions.
 
     Raises:
-        DataError: no spec, nothing there, or features that are not an image and a caption.
+        DataError: no spec, nothing there, or records without a picture or the captions asked for.
     """
     if not spec:
         raise DataError(
-            "no data: set config.data.train to tfds:NAME:SPLIT or to TFRecord shards such as "
-            "gs://bucket/{00000..00099}.tfrecord"
+            "no data: set config.data.train to tfds:NAME:SPLIT, to shards such as "
+            "gs://bucket/{00000..00099}.tar, to a table of paths and captions, or to a folder"
         )
+    image, captions = config.image_field, caption_fields(config.captions)
     if spec.startswith("tfds:"):
-        return _open_tfds(spec, config.data_dir)
-    return _open_tfrecords(spec, config.image_feature, config.caption_feature)
-
-
-def _open_tfds(spec: str, data_dir: str | None) -> Source:
-    _, _, name_and_split = spec.partition(":")
-    name, _, split = name_and_split.partition(":")
-    if not split:
-        raise DataError(f"{spec!r} names no split; write tfds:{name}:train")
-    try:
-        if name == "glyphs":
-            builder = glyphs.prepare(data_dir or tfds.core.constants.DATA_DIR)
-        else:
-            builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:  # its message lists all of the catalogue
-        where = data_dir or tfds.core.constants.DATA_DIR
-        raise DataError(f"TFDS knows no data set {name!r}, nor is there one in {where}") from error
-    except ValueError as error:
-        raise DataError(f"{spec!r}: {error}") from error
-    if not builder.is_prepared():
+        return open_tfds(spec, config.data_dir, image, captions)
+    if is_folder(spec):
+        shards = [name for name in list_folder(spec) if name.endswith(SHARDS)]
+        if not shards:
+            return open_folder(spec, spec)
+        paths = [join(spec, name) for name in shards]
+    else:
+        paths = expand_paths(spec)
+    kinds = {_kind(path) for path in paths}
+    if len(kinds) > 1:
         raise DataError(
-            f"{name} is not prepared in {builder.data_path}; run `tfds build {name}` first, or "
-            "point config.data.data_dir at where it is"
+            f"{spec!r} names files of several formats; mix them as [(spec, weight), ...]"
         )
-    if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
-        raise DataError(f"{name} is stored as {builder.info.file_format}; only TFRecord is read")
-    try:
-        instructions = builder.info.splits[split].file_instructions
-    except (KeyError, ValueError) as error:
-        splits = ", ".join(builder.info.splits)
-        raise DataError(f"{name} has the splits {splits}: {error}") from error
-
-    features = builder.info.features
-    decoders = {
-        key: tfds.decode.SkipDecoding()
-        for key, feature in features.items()
-        if isinstance(feature, tfds.features.Image)
-    }
-    if "image" not in decoders:
-        raise DataError(f"{name} has no feature `image`, only {', '.join(features)}")
-    if not instructions:
-        raise DataError(f"{spec!r} holds no example")
-    label = dict(features.items()).get("label")
-    return Source(
-        spec=spec,
-        shards=tuple(Shard(i.filename, i.skip, i.take) for i in instructions),
-        parse=lambda record: features.deserialize_example(record, decoders=decoders),
-        counts=tuple(
-            i.examples_in_shard - i.skip if i.take == -1 else i.take for i in instructions
-        ),
-        label_names=(tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else None),
-    )
+    if kinds == {".tar"}:
+        return open_tars(spec, paths, image, captions)
+    if kinds == {"table"}:
+        return open_table(spec, paths, image, captions)
+    return open_examples(spec, [(path, 0, -1) for path in paths], image, captions)
 
 
-def _open_tfrecords(spec: str, image_feature: str, caption_feature: str) -> Source:
-    string = tf.io.FixedLenFeature([], tf.string)
-
-    def parse(record: tf.Tensor) -> Features:
-        values = tf.io.parse_single_example(
-            record, {image_feature: string, caption_feature: string}
+def _kind(path: str) -> str:
+    if path.endswith((".tar.gz", ".tgz", ".zip", ".parquet")):
+        raise DataError(
+            f"{path}: expected .tar, TFRecord, .csv, .tsv, .jsonl or a folder; unpack it first, or "
+            "have img2dataset write WebDataset or TFRecord shards"
         )
-        return {"image": values[image_feature], "caption": values[caption_feature]}
+    if path.endswith(TABLES):
+        return "table"
+    return ".tar" if path.endswith(".tar") else "examples"
 
-    return Source(spec=spec, shards=tuple(Shard(path) for path in expand_paths(spec)), parse=parse)
 
+def open_mixture(spec: Any, config: ConfigDict) -> Mixture:
+    """Opens `config.data.train`.
 
-def expand_paths(spec: str) -> list[str]:
-    """Commas between, braces within, and wildcards -> the paths, which must exist.
+    Args:
+        spec: of one source; a list of specs, which are one source together; or a list of
+            (spec, weight) or (spec, weight, captions), which are mixed: a row comes from a source
+            with a probability proportional to its weight. `captions` as in `config.data.captions`.
+        config: the `data` section.
 
     Raises:
-        DataError: a pattern that matches nothing, or a file that is not there.
+        DataError: as `open_source`; or a list of something else.
     """
-    paths: list[str] = []
-    for pattern in re.split(r",(?![^{]*\})", spec):
-        for path in _expand_braces(pattern):
-            try:
-                found = sorted(tf.io.gfile.glob(path))
-            except tf.errors.OpError as error:
-                raise DataError(f"cannot list {path}: {error.message}") from error
-            if not found:
-                raise DataError(f"no shard matches {path} (of config.data.train={spec!r})")
-            paths += found
-    return paths
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """{000..009} -> ten names of three digits; {a,b} -> two names; several groups multiply."""
-    parts: list[list[str]] = []
-    for part in re.split(r"(\{[^{}]*\})", pattern):
-        numbers = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
-        if numbers:
-            first, last = numbers.groups()
-            if int(last) < int(first):
-                raise DataError(f"{part} counts backwards in {pattern!r}")
-            parts.append([f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)])
-        elif part.startswith("{"):
-            parts.append(part[1:-1].split(","))
-        else:
-            parts.append([part])
-    return ["".join(combination) for combination in itertools.product(*parts)]
+    if not spec or isinstance(spec, str):
+        return Mixture((open_source(spec, config),), (1.0,))
+    if not isinstance(spec, Sequence):
+        raise DataError(f"config.data.train={spec!r} is neither a string nor a list")
+    if all(isinstance(each, str) for each in spec):
+        return Mixture((open_source(",".join(spec), config),), (1.0,))
+    sources, weights = [], []
+    for each in spec:
+        if isinstance(each, str) or not 2 <= len(each) <= 3 or not float(each[1]) > 0:
+            raise DataError(
+                f"{each!r} in config.data.train; expected (spec, weight) with a weight above zero, "
+                "or (spec, weight, captions)"
+            )
+        own = ConfigDict(config.to_dict(), convert_dict=False)
+        if len(each) == 3:
+            own.captions = each[2]
+        sources.append(open_source(each[0], own))
+        weights.append(float(each[1]))
+    return Mixture(tuple(sources), tuple(weight / sum(weights) for weight in weights))

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from clip_jax.checkpoint import Checkpoints, ModelCard, load_params
 from clip_jax.config import architecture
-from clip_jax.data.batches import Prefetch, train_batches
+from clip_jax.data.batches import train_batches
 from clip_jax.data.order import Order
-from clip_jax.data.sources import open_source
+from clip_jax.data.prefetch import Prefetch
+from clip_jax.data.sources import open_mixture
 from clip_jax.errors import CheckpointError, ConfigError
 from clip_jax.models import CLIP, CLIPConfig, resize_positions
 from clip_jax.models.flops import training_flops
@@ -78,8 +79,8 @@ def train(
     )
     schedule = learning_rate_schedule(config.optim.peak_lr, config.optim.warmup_steps, steps)
     optimizer = make_optimizer(config.optim, schedule)
-    source = open_source(config.data.train, config.data)
-    order = Order.start(source, config.seed, config.data.streams, config.data.shuffle_window)
+    mixture = open_mixture(config.data.train, config.data)
+    order = Order.start(mixture, config.seed, config.data.streams, config.data.shuffle_bytes)
     card = ModelCard(model_config, preprocess, config.to_dict())
 
     with contextlib.ExitStack() as stack:
@@ -116,10 +117,12 @@ def train(
             seed=config.seed,
         )
         host_batches = train_batches(
-            source, order, config, preprocess.size, model_config.text.context_length
+            mixture, order, config, preprocess.size, model_config.text.context_length
         )
         batches = stack.enter_context(
-            contextlib.closing(Prefetch(host_batches, lambda batch: shard_batch(batch, mesh)))
+            contextlib.closing(
+                Prefetch(host_batches, lambda b: b._replace(batch=shard_batch(b.batch, mesh)))
+            )
         )
         flops = training_flops(model_config, frozen_towers(model.params, frozen))
         log = stack.enter_context(
@@ -132,8 +135,7 @@ def train(
 
         def save() -> None:
             log.flush(batches.waited)  # a loss that is not finite must not reach a checkpoint
-            taken = int(state.step) - first_step
-            checkpoints.save(state, card, order.after(taken, batch_size).to_dict())
+            checkpoints.save(state, card, order.of_all_hosts().to_dict())
 
         def evaluate(step: int) -> dict[str, float]:
             log.flush(batches.waited)
@@ -151,8 +153,9 @@ def train(
 
         stop = stack.enter_context(_stop_signal())
         for step in range(first_step + 1, steps + 1):
-            state, metrics = train_step(state, next(batches))
-            log.step(step, metrics, batches.waited)
+            batch, order, faults = next(batches)
+            state, metrics = train_step(state, batch)
+            log.step(step, metrics, batches.waited, faults.counts())
             if step % config.checkpoint.every == 0 or step == steps or stop:
                 save()
             if stop:

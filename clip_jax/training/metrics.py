@@ -14,6 +14,7 @@ from tqdm import tqdm
 from clip_jax.chips import chip_of
 
 FILE = "metrics.jsonl"
+MUCH_WAITING = 0.05  # share of the time, from which on the log gives advice
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -54,6 +55,8 @@ class TrainLog:
         self._batch_size = batch_size
         self._flops_per_example = flops_per_example
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._faults: Mapping[str, int] = {}
+        self._advised = False
         self._since: tuple[int, float, float] | None = None  # step, time, seconds waited for data
         self._active = jax.process_index() == 0
         if not self._active:
@@ -65,19 +68,27 @@ class TrainLog:
         self._tensorboard = tf.summary.create_file_writer(str(epath.Path(workdir) / "tensorboard"))
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1)
 
-    def step(self, step: int, metrics: Mapping[str, jax.Array], waited: float) -> None:
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, jax.Array],
+        waited: float,
+        faults: Mapping[str, int] | None = None,
+    ) -> None:
         """Takes the metrics of a step just dispatched, and logs those of the step before.
 
         Args:
             step: its number.
             metrics: scalars on the device, not yet waited for.
             waited: seconds that the run has waited for data so far.
+            faults: bad records so far, by kind; logged under bad/KIND.
 
         Raises:
             FloatingPointError: the loss of the step before is not finite.
         """
         self.flush(waited)
         self._pending = (step, metrics)
+        self._faults = faults or {}
 
     def flush(self, waited: float) -> None:
         """Waits for the metrics not yet logged, and logs them."""
@@ -101,10 +112,23 @@ class TrainLog:
                 examples_per_second = (step - first) * self._batch_size / (now - then)
                 values |= speed(examples_per_second, self._flops_per_example, jax.devices())
                 values["data_wait"] = (waited - waited_then) / (now - then)
+                self._advise(values["data_wait"])
+            values |= {f"bad/{kind}": float(count) for kind, count in self._faults.items()}
             self._since = (step, now, waited)
             self.write(step, values)
             self._bar.set_postfix_str(_beside_the_bar(values), refresh=False)
         self._bar.update(step - self._bar.n)
+
+    def _advise(self, data_wait: float) -> None:
+        """Says once what to change when the device starves."""
+        if data_wait <= MUCH_WAITING or self._advised:
+            return
+        self._advised = True
+        self.say(
+            f"the device waits for data {data_wait:.0%} of the time. Give the host more cores, or "
+            "a smaller share of the batch; store smaller pictures; or read from nearer storage, "
+            "with more config.data.streams"
+        )
 
     def pause(self) -> None:
         """What happens until the next step (evaluation, say) does not count as training time."""

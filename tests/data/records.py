@@ -1,6 +1,7 @@
 """Small TFRecord shards, the pictures in them, and a TFDS data set of ten pairs."""
 
 import io
+import tarfile
 from typing import ClassVar
 
 import numpy as np
@@ -138,3 +139,13 @@ def prepare(builder, data_dir, shards=4):
         download_config=tfds.download.DownloadConfig(num_shards=shards, try_download_gcs=False)
     )
     return builder
+
+
+def write_tar(path, samples):
+    """A WebDataset shard: files by extension, by key."""
+    with tarfile.open(path, "w") as tar:
+        for key, files in samples.items():
+            for extension, content in files.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))

@@ -5,9 +5,11 @@ import io
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from clip_jax.data import images
+from clip_jax.data.augment import DRAWS, Augmentation, draw_box, recolor
+from clip_jax.data.draws import uniforms
 from tests.data.records import coordinates, encode, photograph
 
 
@@ -21,14 +23,20 @@ def decode(file):
     return images.decode(tf.constant(file)).numpy()
 
 
+OPTIONS = Augmentation((1.0, 1.0), None, (3 / 4, 4 / 3), (0, 0, 0, 0), 0.8, 0.0)
+
+
 def random_crops(pixels, size, shares, seeds):
     """A crop for each seed: uint8 [n, size, size, 3]."""
     pixels = tf.constant(pixels)
-    crops = (
-        tf.data.Dataset.from_tensor_slices(tf.constant(seeds, tf.int64))
-        .map(lambda seed: images.random_square_crop(pixels, size, shares, seed))
-        .batch(len(seeds))
-    )
+    options = OPTIONS._replace(crop=shares)
+
+    def crop(draws):
+        top, left, height, width = tf.unstack(draw_box(tf.shape(pixels)[:2], options, draws))
+        return images.resize(pixels[top : top + height, left : left + width], size)
+
+    draws = np.stack([uniforms(DRAWS, *seed) for seed in seeds])
+    crops = tf.data.Dataset.from_tensor_slices(draws).map(crop).batch(len(seeds))
     return next(crops.as_numpy_iterator())
 
 
@@ -170,3 +178,85 @@ def test_the_first_frame_of_an_animation_counts():
 def test_what_is_no_picture_or_half_of_one_raises(file):
     with pytest.raises(tf.errors.InvalidArgumentError):
         decode(file)
+
+
+def boxes(height, width, count=2_000, **options):
+    """int32 [count, 4]."""
+    options = OPTIONS._replace(**options)
+    draws = uniforms(DRAWS, 7, np.arange(count))
+    return np.array(
+        list(
+            tf.data.Dataset.from_tensor_slices(draws)
+            .map(lambda d: draw_box(tf.constant([height, width]), options, d))
+            .as_numpy_iterator()
+        )
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 300), (97, 131)])
+def test_the_random_resized_crop_has_the_areas_and_ratios_asked_for(height, width):
+    top, left, high, wide = boxes(height, width, resized_crop=(0.3, 0.8)).T
+    assert np.all(top >= 0)
+    assert np.all(left >= 0)
+    assert np.all(top + high <= height)
+    assert np.all(left + wide <= width)
+    areas = high * wide / (height * width)
+    assert areas.min() > 0.29
+    assert areas.max() < 0.82
+    ratios = wide / high
+    assert ratios.min() > 0.73
+    assert ratios.max() < 1.36
+    assert np.ptp(ratios) > 0.4
+    assert len(np.unique(top)) > 20
+
+
+def test_where_no_attempt_fits_the_middle_is_taken_as_torchvision_does():
+    (box,) = np.unique(boxes(20, 400, 20, resized_crop=(0.99, 1.0)), axis=0)
+    assert box.tolist() == [0, 187, 20, 27]  # the ratio is bounded by 4 / 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_decoding_a_box_gives_that_part_of_the_picture(kind):
+    pixels = photograph(80, 120)
+    file = tf.constant(encode(pixels, kind, **({"quality": 95} if kind == "JPEG" else {})))
+    whole = images.decode(file).numpy()
+    part = images.decode_box(file, tf.constant([11, 23, 40, 50])).numpy()
+    assert part.shape == (40, 50, 3)
+    # At its edges libjpeg interpolates colour without the neighbours outside.
+    inner, expected = part[2:-2, 2:-2], whole[13:49, 25:71]
+    np.testing.assert_array_equal(inner, expected)
+
+
+def recolored(pixels, draw=0.3, **options):
+    draws = np.full(DRAWS, draw, np.float32)
+    return recolor(tf.constant(pixels), OPTIONS._replace(**options), draws).numpy()
+
+
+def test_without_strength_colours_stay():
+    pixels = photograph(9, 9)
+    np.testing.assert_array_equal(recolored(pixels, color_jitter=(0, 0, 0, 0)), pixels)
+    np.testing.assert_array_equal(recolored(pixels, 0.9, color_jitter=(1, 1, 1, 0.5)), pixels)
+    jittered = recolored(pixels, 0.5, color_jitter=(0.4, 0.4, 0.4, 0.1))  # factors of one
+    assert difference(jittered, pixels)[0] <= 1
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, "Brightness"), (1, "Contrast"), (2, "Color")])
+def test_brightness_contrast_and_saturation_are_pillows(place, name):
+    pixels = photograph(40, 50)
+    strengths = tuple(0.8 * (i == place) for i in range(4))
+    enhance = getattr(ImageEnhance, name)(Image.fromarray(pixels))
+    expected = np.asarray(enhance.enhance(0.2 + 0.3 * 1.6))
+    assert difference(recolored(pixels, color_jitter=strengths), expected)[0] <= 2
+
+
+def test_grey_is_pillows():
+    pixels = photograph(40, 50)
+    expected = np.asarray(Image.fromarray(pixels).convert("L"))
+    result = recolored(pixels, 0.1, gray_prob=0.2)
+    assert difference(result, np.repeat(expected[..., None], 3, -1))[0] <= 1
+    np.testing.assert_array_equal(recolored(pixels, 0.3, gray_prob=0.2), pixels)
+
+
+def test_header_sizes_are_those_of_the_pixels():
+    for name, file in FILES.items():
+        assert images.read_size(tf.constant(file)).numpy().tolist() == [30, 41], name
