@@ -1,7 +1,6 @@
 """Training batches for the device, in exact order."""
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from clip_jax.data.batch import Batch
 from clip_jax.data.faults import INVALID_UTF8, LONG_CAPTION, Fault, Faults
 from clip_jax.data.order import Order, Stream
 from clip_jax.data.prefetch import Prefetch
-from clip_jax.data.rows import LONGEST_CAPTION, Reader, RowFunction
+from clip_jax.data.rows import LONGEST_CAPTION, Reader, RowFunction, usable_cores
 from clip_jax.data.source import Mixture
 from clip_jax.tokenizer import tokenize
 
@@ -82,7 +81,7 @@ class _Rows:
         self._rows = order.rows_per_stream(batch_size)
         self._streams = order.own_streams(host, hosts)
         readers = len(mixture.sources) * len(self._streams)
-        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        self._cores = usable_cores()
         parallel = -(-2 * self._cores // readers) + 1
         self._readers = [
             Reader(

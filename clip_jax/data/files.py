@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from clip_jax.data.paths import is_folder, join, list_folder
@@ -19,6 +18,9 @@ TABLES = (".csv", ".tsv", ".jsonl")
 IMAGE_COLUMNS = ("filepath", "file", "path", "image", "file_name", "filename", "image_path", "url")
 CAPTION_COLUMNS = ("title", "caption", "captions", "text", "txt")
 LABEL_COLUMNS = ("label", "class", "cls")
+# Bytes that a record of a window counts for. It holds no picture, so it is small; but its order is
+# random already, and a window needs no more records than reading ahead does.
+_NOMINAL = 1 << 16
 
 
 def open_table(
@@ -68,29 +70,39 @@ def open_table(
 
 
 def open_folder(spec: str, folder: str) -> Source:
-    """A folder of class folders, or of pictures with the caption in a `.txt` beside each.
+    """A folder of pictures, or of folders of them, which are classes.
+
+    Where pictures have their caption in a `.txt` beside them, as img2dataset leaves them in
+    numbered folders, those are the captions, and there are no classes.
 
     Raises:
-        DataError: a folder without either.
+        DataError: a folder without pictures.
     """
-    names = list_folder(folder)
-    pictures = _pictures(names)
-    if pictures:
-        paths = [join(folder, name) for name in pictures]
-        captions = set(names)
-        beside = [f"{name.rpartition('.')[0]}.txt" for name in pictures]
-        texts = [[[join(folder, name).encode()] if name in captions else []] for name in beside]
-        return _of_files(spec, paths, texts, (1.0,), None, None, captions_are_paths=True)
-    classes = [name for name in names if is_folder(join(folder, name))]
-    found = {name: _pictures(list_folder(join(folder, name))) for name in classes}
-    classes = [name for name in classes if found[name]]
-    paths = [join(folder, f"{name}/{picture}") for name in classes for picture in found[name]]
+    below = [name for name in list_folder(folder) if not name.startswith(".")]
+    classes = [] if _pictures(below) else [n for n in below if is_folder(join(folder, n))]
+    listed = {name: list_folder(join(folder, name)) for name in classes} or {"": below}
+    paths: list[str] = []
+    texts: list[list[list[bytes]]] = []
+    labels: list[str] = []
+    for name, names in listed.items():
+        there = set(names)
+        for picture in _pictures(names):
+            stem = join(folder, f"{name}/{picture}" if name else picture)
+            beside = f"{picture.rpartition('.')[0]}.txt" in there
+            paths.append(stem)
+            texts.append([[f"{stem.rpartition('.')[0]}.txt".encode()] if beside else []])
+            labels.append(name)
     if not paths:
         raise DataError(
             f"{folder} has neither pictures ({', '.join(IMAGE_EXTENSIONS)}) nor folders of them"
         )
-    labels = [label for label, name in enumerate(classes) for _ in found[name]]
-    return _of_files(spec, paths, [[]] * len(paths), (), labels, tuple(classes))
+    if not classes or any(map(any, texts)):
+        return _of_files(spec, paths, texts, (1.0,), None, None, captions_are_paths=True)
+    names = sorted(set(labels))
+    number = {name: i for i, name in enumerate(names)}
+    return _of_files(
+        spec, paths, [[]] * len(paths), (), [number[label] for label in labels], tuple(names)
+    )
 
 
 def _pictures(names: Sequence[str]) -> list[str]:
@@ -144,32 +156,33 @@ def _of_files(
     captions_are_paths: bool = False,
 ) -> Source:
     """Every picture is a shard by itself, so that an epoch is one permutation of all of them."""
-    paths: Any = np.array(pictures, np.dtypes.StringDType())
 
     def read(shard: int, offset: int, index: int) -> Iterator[Record]:
         del index
         if offset:
             return
-        fields: dict[str, Any] = {"path": paths[shard].encode(), "captions": [], "weights": []}
+        fields: dict[str, Any] = {"path": pictures[shard].encode(), "captions": [], "weights": []}
         for strings, probability in zip(texts[shard], probabilities, strict=False):
             fields["captions"] += strings
             fields["weights"] += [probability / max(len(strings), 1)] * len(strings)
         if labels is not None:
             fields["label"] = labels[shard]
-        size = len(fields["path"]) + sum(map(len, fields["captions"]))
-        yield Record("", 1, fields, size)
+        yield Record("", 1, fields, _NOMINAL)
 
     def parse(fields: Features) -> Features:
         # Read here, by TensorFlow's threads, and not with the record.
         parsed = {key: value for key, value in fields.items() if key != "path"}
         parsed["image"] = tf.io.read_file(fields["path"])
         if captions_are_paths:
-            parsed["captions"] = tf.map_fn(tf.io.read_file, fields["captions"])
+            there = fields["weights"] > 0
+            parsed["weights"] = tf.boolean_mask(fields["weights"], there)
+            files = tf.boolean_mask(fields["captions"], there)
+            parsed["captions"] = tf.map_fn(tf.io.read_file, files)
         return parsed
 
     return Source(
         spec=spec,
-        shards=paths,
+        shards=pictures,
         read=read,
         fields={"path": STRING}
         | CAPTIONS

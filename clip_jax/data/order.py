@@ -46,7 +46,7 @@ class Order:
     """The streams of a run, and where each of them stands.
 
     Attributes:
-        spec: of the mixture; a place means nothing for another one.
+        spec: of the mixture, and its shards; a place means nothing for another one.
         seed: of shuffles and of everything random that a record goes through.
         window: bytes that are shuffled together in a stream.
         rows: rows that each stream has given.
@@ -74,7 +74,8 @@ class Order:
             raise DataError(f"config.data.streams={streams}; at least one is needed")
         window = max(shuffle_bytes // (2 * streams * len(mixture.sources)), 1)
         places = tuple((Place(),) * streams for _ in mixture.sources)
-        return cls(mixture.spec, seed, window, 0, places)
+        shards = ", ".join(str(len(source.shards)) for source in mixture.sources)
+        return cls(f"{mixture.spec} ({shards} shards)", seed, window, 0, places)
 
     @property
     def streams(self) -> int:
@@ -202,6 +203,7 @@ class Stream:
         self._window = window
         self.place = place
         self._faults = faults
+        self._ranks: tuple[int, np.ndarray] | None = None  # epoch, and the order of its shards
         _, stream, streams = number
         shards = len(source.shards)
         # Where there are fewer shards than streams, several streams share the records of one.
@@ -228,7 +230,8 @@ class Stream:
                 raise DataError(
                     f"{self.source.spec}: no record can be read of the {len(self._shards)} shards "
                     f"of a stream, such as {self.source.shards[self._shards[0]]}; "
-                    f"{self._faults.counts() or 'they are empty'}"
+                    f"{self._faults.counts() or 'they are empty'}. If these are few records, set "
+                    "config.data.streams to fewer"
                 )
 
     def draws(self, tickets: np.ndarray, count: int) -> np.ndarray:
@@ -237,7 +240,9 @@ class Stream:
 
     def _read(self, start: Place) -> Window:
         epoch, rank, offset, index, ticket, _ = start
-        ranks = permutation(len(self._shards), _SHARDS, *self._key, epoch)
+        if self._ranks is None or self._ranks[0] != epoch:
+            self._ranks = epoch, permutation(len(self._shards), _SHARDS, *self._key, epoch)
+        ranks = self._ranks[1]
         records: list[Record] = []
         shards: list[int] = []
         offsets: list[tuple[int, int]] = []

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,23 +74,23 @@ class RowFunction:
     def examine(self, fields: Mapping[str, Any]) -> Fault | None:
         """What is wrong with a record that was dropped, found out step by step."""
         fault = examine(self._source, fields, self._max_pixels)
-        if fault is not None:
+        if fault is not None or self._templates is None:
             return fault
-        try:
-            self.caption(features_of(self._source, fields), tf.zeros([DRAWS]))
-        except tf.errors.OpError:
-            return Fault(faults.MISSING_CAPTION, "there is none, or none with a word in it")
-        return None
+        label, labels = int(features_of(self._source, fields)["label"]), len(self._templates)
+        if 0 <= label < labels:
+            return None
+        return Fault(faults.MALFORMED_RECORD, f"label {label}; there are {labels} names")
 
 
 def examine(source: Source, fields: Mapping[str, Any], max_pixels: int) -> Fault | None:
-    """What is wrong with a record's picture."""
+    """What is wrong with a record's picture, or with the captions of a source that has them."""
     try:
-        image = features_of(source, fields)["image"]
+        features = features_of(source, fields)
+        image = features["image"]
         if not image.numpy():
             return Fault(faults.EMPTY_IMAGE, "the picture is missing, or a file of no bytes")
     except tf.errors.NotFoundError as error:
-        return Fault(faults.MISSING_IMAGE, error.message)
+        return Fault(faults.MISSING_IMAGE, reason(error))
     except tf.errors.OpError as error:
         return Fault(faults.MALFORMED_RECORD, reason(error))
     try:
@@ -102,6 +103,10 @@ def examine(source: Source, fields: Mapping[str, Any], max_pixels: int) -> Fault
         images.decode(image)
     except tf.errors.OpError as error:
         return Fault(faults.UNDECODABLE_IMAGE, reason(error))
+    if source.has_captions:
+        usable = augment.has_words(features["captions"]) & (features["weights"] > 0)
+        if not tf.reduce_any(usable):
+            return Fault(faults.MISSING_CAPTION, "there is none, or none with a word in it")
     return None
 
 
@@ -268,6 +273,13 @@ class Reader:
         except (tf.errors.OpError, StopIteration) as error:
             fault = Fault(faults.UNREADABLE_SHARD, str(error))
         return path, key, fault or Fault(faults.UNDECODABLE_IMAGE, "it failed once")
+
+
+def usable_cores() -> int:
+    """Of this process."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def signature(fields: Mapping[str, tf.TensorSpec]) -> dict[str, tf.TensorSpec]:

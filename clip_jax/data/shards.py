@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from clip_jax.data import tar, tfrecord
-from clip_jax.data.faults import CORRUPT_RECORD, MALFORMED_RECORD, Fault
+from clip_jax.data.faults import CORRUPT_RECORD, MALFORMED_RECORD, MISSING_IMAGE, Fault
 from clip_jax.data.paths import join
 from clip_jax.data.reading import ShardFile
 from clip_jax.data.source import Features, Record, Source
@@ -80,11 +80,11 @@ def _from_sample(
 ) -> Record:
     if sample.fault:
         return Record(sample.key, sample.end, {}, fault=sample.fault)
-    fields: dict[str, Any] = {"image": b"", "captions": [], "weights": []}
-    for extension in images:
-        if extension in sample.files:
-            fields["image"] = sample.files[extension]
-            break
+    image = next((sample.files[name] for name in images if name in sample.files), None)
+    if image is None:
+        fault = Fault(MISSING_IMAGE, f"no {', '.join(images)}, {_has(sample.files)}"[:200])
+        return Record(sample.key, sample.end, {}, fault=fault)
+    fields: dict[str, Any] = {"image": image, "captions": [], "weights": []}
     try:
         for field, probability in captions.items():
             texts = _texts(sample.files, field)
@@ -185,6 +185,7 @@ def open_examples(
         fields={"record": STRING},
         parse=parse,
         has_captions=any(field in strings for field in captions),
+        label_names=_class_names(paths[0]) if label else None,
     )
 
 

@@ -64,7 +64,7 @@ class Source:
     def features(self) -> dict[str, tf.TensorSpec]:
         """What `parse` gives."""
         records = tf.data.Dataset.from_generator(lambda: iter(()), output_signature=self.fields)
-        return records.map(self.parse).element_spec
+        return records.map(tf.autograph.experimental.do_not_convert(self.parse)).element_spec
 
 
 class Mixture(NamedTuple):

@@ -94,6 +94,12 @@ def open_mixture(spec: Any, config: ConfigDict) -> Mixture:
     if not isinstance(spec, Sequence):
         raise DataError(f"config.data.train={spec!r} is neither a string nor a list")
     if all(isinstance(each, str) for each in spec):
+        alone = [each for each in spec if each.startswith("tfds:") or is_folder(each)]
+        if alone and len(spec) > 1:
+            raise DataError(
+                f"{alone[0]!r} among others in config.data.train; a list of specs takes paths of "
+                "files of one format: mix them as [(spec, weight), ...]"
+            )
         return Mixture((open_source(",".join(spec), config),), (1.0,))
     sources, weights = [], []
     for each in spec:

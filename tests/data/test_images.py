@@ -228,7 +228,7 @@ def test_decoding_a_box_gives_that_part_of_the_picture(kind):
 
 
 def recolored(pixels, draw=0.3, **options):
-    draws = np.full(DRAWS, draw, np.float32)
+    draws = tf.fill([DRAWS], draw)
     return recolor(tf.constant(pixels), OPTIONS._replace(**options), draws).numpy()
 
 

@@ -222,7 +222,7 @@ def test_the_plain_form_keeps_everything():
     ("change", "complaint"),
     [
         ({"seed": 5}, "seed: 5 there, 0 now"),
-        ({"spec": "other/*"}, r"spec: other/\* there, pairs now"),
+        ({"spec": "other/*"}, r"spec: other/\* there, pairs \(6 shards\) now"),
         ({"window": 99}, "window: 99 there, 100 now"),
         ({"places": [[[0] * 6]]}, "streams: 1 there, 4 now"),
         ({"positions": [0]}, "another version"),

@@ -167,15 +167,22 @@ def test_the_names_of_the_features_can_be_set(config, tmp_path):
         open_source(f"{tmp_path}/0", config)
 
 
-def test_tars_hold_captions_labels_and_json(config, tmp_path):
+def test_tars_hold_captions_labels_and_class_names(config, tmp_path):
     (tmp_path / "classnames.txt").write_text("cat\ndog\n")
-    json = b'{"alt": ["one", "two"], "deep": {"er": "three"}}'
-    files = {"webp": b"pixels", "txt": b"text", "json": json, "cls": b"1"}
-    write_tar(tmp_path / "0.tar", {"a/b.c": files, "a/c.d": files})
+    files = {"webp": b"pixels", "txt": b"text", "cls": b"1"}
+    write_tar(tmp_path / "0.tar", {"a.b/c": files, "c.d/e": files})
     source = open_source(f"{tmp_path}/0.tar", config)
     assert source.label_names == ("cat", "dog")
-    # The key ends at the first dot of the name: what follows is the extension.
-    assert captions(open_source(f"{tmp_path}/0.tar", config)) == []
+    assert captions(source) == [["text"]] * 2
+    assert [f["label"] for f in all_features(source)] == [1, 1]
+
+
+def test_the_key_of_a_sample_ends_at_the_first_dot_of_the_name(config, tmp_path):
+    write_tar(tmp_path / "0.tar", {"a/b.c": {"webp": b"pixels", "txt": b"text"}})
+    with pytest.raises(DataError, match=r"no sample has a picture .*, only c\.txt, c\.webp"):
+        open_source(f"{tmp_path}/0.tar", config)
+    config.image_field, config.captions = "c.webp", "c.txt"
+    assert captions(open_source(f"{tmp_path}/0.tar", config)) == [["text"]]
 
 
 @pytest.mark.parametrize(
@@ -244,6 +251,16 @@ def test_a_folder_of_pictures_has_captions_beside_them(config, tmp_path):
         (tmp_path / f"{n}.jpg").write_bytes(b"%d" % n)
     (tmp_path / "1.txt").write_text("one")
     assert captions(open_source(str(tmp_path), config)) == [[], ["one"]]
+
+
+def test_numbered_folders_of_img2dataset_have_captions_beside_them(config, tmp_path):
+    for n, name in enumerate(["00000", "00001", "00001"]):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / f"{n}.jpg").write_bytes(b"%d" % n)
+        (tmp_path / name / f"{n}.txt").write_text(f"caption {n}")
+    source = open_source(str(tmp_path), config)
+    assert captions(source) == [["caption 0"], ["caption 1"], ["caption 2"]]
+    assert source.label_names is None
 
 
 def test_a_folder_of_shards_is_what_its_shards_are(config, tmp_path):
