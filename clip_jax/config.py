@@ -80,7 +80,9 @@ def default_config() -> ConfigDict:
                 "steps": 390_625,  # 32 epochs of 400M pairs in batches of 32,768
                 "batch_size": 32_768,  # of all devices together
                 "dtype": "bfloat16",  # of compute; parameters and optimizer state are float32
-                "remat": "none",  # or dots, dots_no_hidden, full: what the backward pass recomputes
+                # What the backward pass recomputes: none, dots, dots_no_hidden, full; or "auto",
+                # the first of these whose memory fits the devices.
+                "remat": "none",
                 "unroll": 1,  # layers in one turn of the loop over them; more is faster on the CPU
                 "loss": "softmax",  # CLIP's; or SigLIP's "sigmoid", with model.logit_bias=True
                 # How a device meets the others' embeddings: "gather" holds all of them, "ring" two

@@ -23,3 +23,7 @@ class CheckpointError(UserError):
 
 class WeightsError(UserError):
     """Published weights that cannot be had, read, or brought into a form."""
+
+
+class OutOfMemoryError(UserError):
+    """A program that needs more memory than its devices have."""

@@ -15,5 +15,5 @@ def get_config():
     config = default_config()
     config.model.name = "RN50x16"
     config.optim.update(peak_lr=4e-4, beta2=0.999, eps=1e-8)  # the paper's for ResNets
-    config.train.remat = "full"
+    config.train.remat = "dots_no_hidden"
     return config

@@ -15,5 +15,6 @@ def get_config():
     config = default_config()
     config.model.name = "ViT-L/14"
     config.optim.peak_lr = 4e-4
-    config.train.remat = "full"
+    config.train.remat = "dots_no_hidden"
+    config.mesh.fsdp = 16
     return config

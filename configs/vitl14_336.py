@@ -18,4 +18,5 @@ def get_config():
     config.optim.peak_lr = 2e-5
     config.train.steps = 12_207  # one epoch of 400M pairs
     config.train.remat = "full"
+    config.mesh.fsdp = 16
     return config

@@ -26,7 +26,7 @@ FLOORS = [
     },
     {"data", "checkpoint"},
     {"loading", "training"},
-    {"eval", "convert", "search"},
+    {"eval", "convert", "aot"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEWCOMERS_PATH = [

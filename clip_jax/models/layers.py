@@ -3,8 +3,10 @@
 Axis letters: B batch, T tokens, S queries, D width, K heads, H head width, F MLP width.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,7 +19,38 @@ from jaxtyping import Array, Float
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
-KEPT = "attention's projections"  # the name under which a remat policy finds them
+# The names under which remat policies find products: of attention, and of a bottleneck's inner
+# channels; and the others, of which those of a ViT need no name.
+NARROW, WIDE = "narrow product", "wide product"
+STATISTICS = "statistics"
+
+
+_row_sharding: contextvars.ContextVar[Callable[[int], Any] | None] = contextvars.ContextVar(
+    "row_sharding", default=None
+)
+
+
+@contextlib.contextmanager
+def rows_stay(sharding: Callable[[int], Any]) -> Iterator[None]:
+    """While a model is traced: activations keep their rows where the batch has them.
+
+    Where the partitioner is to place parameters that are split, too, it might rather split the
+    features, and gather the rows of the whole batch.
+
+    Args:
+        sharding: of an array of so many axes, the first of which are the rows.
+    """
+    token = _row_sharding.set(sharding)
+    try:
+        yield
+    finally:
+        _row_sharding.reset(token)
+
+
+def keep_rows(x: Array) -> Array:
+    """Marks activations for `rows_stay`."""
+    sharding = _row_sharding.get()
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding(x.ndim))
 
 
 class Training(NamedTuple):
@@ -111,6 +144,8 @@ class Dense(nnx.Module):
 
     It is computed as one product of two matrices, whatever the axes: XLA makes a fast GEMM of that
     on every backend, while on the CPU a product over [B, T, D] takes more than twice the time.
+    That matrix is also what a remat policy keeps under the name `kept`: as heads it would be padded
+    on a TPU, whose tiles are 128 wide, to twice its size.
     """
 
     def __init__(
@@ -120,10 +155,11 @@ class Dense(nnx.Module):
         *,
         kernel_init: Initializer,
         bias_init: Initializer | None = zeros,
+        kept: str | None = None,
         dtype,
         rngs: nnx.Rngs,
     ):
-        self.in_shape, self.out_shape, self.dtype = in_shape, out_shape, dtype
+        self.in_shape, self.out_shape, self.kept, self.dtype = in_shape, out_shape, kept, dtype
         self.kernel = nnx.Param(kernel_init(rngs.params(), in_shape + out_shape))
         if bias_init is not None:
             self.bias = nnx.Param(bias_init(rngs.params(), out_shape))
@@ -131,8 +167,10 @@ class Dense(nnx.Module):
     def __call__(self, x: Float[Array, "*axes"]) -> Float[Array, "*other_axes"]:
         batch_shape = x.shape[: x.ndim - len(self.in_shape)]
         matrix = self.kernel.astype(self.dtype).reshape(math.prod(self.in_shape), -1)
-        rows = x.astype(self.dtype).reshape(-1, matrix.shape[0])
-        result = (rows @ matrix).reshape(batch_shape + self.out_shape)
+        rows = keep_rows(x.astype(self.dtype).reshape(-1, matrix.shape[0]))
+        product = keep_rows(rows @ matrix)
+        product = checkpoint_name(product, self.kept) if self.kept else product
+        result = product.reshape(batch_shape + self.out_shape)
         return result + self.bias.astype(self.dtype) if hasattr(self, "bias") else result
 
 
@@ -166,6 +204,7 @@ class Attention(nnx.Module):
                 out_shape,
                 kernel_init=kernel_init,
                 bias_init=init.bias,
+                kept=NARROW,
                 dtype=dtype,
                 rngs=rngs,
             )
@@ -181,11 +220,10 @@ class Attention(nnx.Module):
         """What the queries find among the tokens; without queries the tokens ask themselves."""
         q_BSKH = self.query(x_BTD if queries_BSD is None else queries_BSD)
         k_BTKH, v_BTKH = self.key(x_BTD), self.value(x_BTD)
-        q_BSKH, k_BTKH, v_BTKH = checkpoint_name((q_BSKH, k_BTKH, v_BTKH), KEPT)
         found_BSKH = jax.nn.dot_product_attention(
             q_BSKH, k_BTKH, v_BTKH, is_causal=self.causal, implementation=_fused_kernel(q_BSKH)
         )
-        return checkpoint_name(self.out(found_BSKH), KEPT)
+        return self.out(found_BSKH)
 
 
 def _fused_kernel(q_BSKH: Array) -> Literal["cudnn"] | None:

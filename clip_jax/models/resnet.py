@@ -13,11 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from clip_jax.errors import ConfigError
 from clip_jax.models.layers import (
+    NARROW,
+    STATISTICS,
+    WIDE,
     Attention,
     AttentionInit,
     Training,
@@ -70,10 +74,11 @@ class Conv(nnx.Module):
         size: int,
         *,
         stride: int = 1,
+        kept: str = WIDE,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        self.stride, self.dtype = stride, dtype
+        self.stride, self.kept, self.dtype = stride, kept, dtype
         shape = (size, size, channels_in, channels_out)
         init = symmetric_uniform((size * size * channels_in) ** -0.5)
         self.kernel = nnx.Param(init(rngs.params(), shape))
@@ -81,13 +86,14 @@ class Conv(nnx.Module):
     def __call__(self, x_BHWI: Float[Array, "B H W I"]) -> Float[Array, "B H2 W2 O"]:
         kernel, x_BHWI = self.kernel.astype(self.dtype), x_BHWI.astype(self.dtype)
         padding = kernel.shape[0] // 2
-        return jax.lax.conv_general_dilated(
+        product = jax.lax.conv_general_dilated(
             x_BHWI,
             kernel,
             (self.stride, self.stride),
             [(padding, padding)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        return checkpoint_name(product, self.kept)
 
 
 class BatchNorm(nnx.Module):
@@ -138,6 +144,7 @@ class BatchNorm(nnx.Module):
         if axis_names:
             moments = jax.lax.pmean(moments, axis_names)
             count *= jax.lax.axis_size(axis_names)
+        moments = checkpoint_name(moments, STATISTICS)
         offset, square = moments
         mean, var = shift + offset, jnp.maximum(square - offset**2, 0)
         new_mean, new_var = jax.lax.stop_gradient((mean, var * (count / max(count - 1, 1))))
@@ -182,9 +189,9 @@ class Bottleneck(nnx.Module):
     ):
         channels_out = EXPANSION * planes
         self.stride = stride
-        self.conv1 = Conv(channels_in, planes, 1, dtype=dtype, rngs=rngs)
+        self.conv1 = Conv(channels_in, planes, 1, kept=NARROW, dtype=dtype, rngs=rngs)
         self.bn1 = BatchNorm(planes, rngs=rngs)
-        self.conv2 = Conv(planes, planes, 3, dtype=dtype, rngs=rngs)
+        self.conv2 = Conv(planes, planes, 3, kept=NARROW, dtype=dtype, rngs=rngs)
         self.bn2 = BatchNorm(planes, rngs=rngs)
         self.conv3 = Conv(planes, channels_out, 1, dtype=dtype, rngs=rngs)
         self.bn3 = BatchNorm(channels_out, scale_init=zeros, rngs=rngs)

@@ -5,7 +5,7 @@ Axis letters: B batch, T tokens, D width, F MLP width, L layers.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from flax import nnx
@@ -13,23 +13,31 @@ from jaxtyping import Array, Float
 
 from clip_jax.errors import ConfigError
 from clip_jax.models.layers import (
-    KEPT,
     MLP,
+    NARROW,
+    STATISTICS,
+    WIDE,
     Activation,
     Attention,
     AttentionInit,
     LayerNorm,
     MLPInit,
+    keep_rows,
     normal,
     symmetric_uniform,
 )
 
 Remat = Literal["none", "dots", "dots_no_hidden", "full"]
 
+REMATS: tuple[Remat, ...] = get_args(Remat)  # from the one that recomputes least
+_named = jax.checkpoint_policies.save_only_these_names
+# BatchNorm's statistics are a few kilobytes, and come of a collective: always kept.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "dots_no_hidden": jax.checkpoint_policies.save_only_these_names(KEPT),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _named(NARROW, WIDE, STATISTICS)
+    ),
+    "dots_no_hidden": _named(NARROW, STATISTICS),
+    "full": _named(STATISTICS),
 }
 
 
@@ -140,7 +148,8 @@ class Transformer(nnx.Module):
         layers: L.
         remat: what the backward pass recomputes: "none"; "dots" keeps the outputs of the products
             with weights; "dots_no_hidden" of these not the MLP's hidden layer, half of the memory
-            for a ninth more operations; "full" keeps only the blocks' inputs.
+            for a ninth more operations; "full" keeps only the blocks' inputs. A ResNet's products
+            are its convolutions, and "dots_no_hidden" leaves out the wide ones.
         unroll: layers in one turn of the loop. More compile longer; on the CPU they run faster
             (1.6 times for the quickstart's four layers), on accelerators it matters little.
 
@@ -180,7 +189,7 @@ class Transformer(nnx.Module):
             blocks = jax.tree.map(lambda stacked: stacked[:count], blocks)
 
         def run(x, block):
-            return block(x), None
+            return keep_rows(block(x)), None
 
         unroll = max(1, min(self.unroll, count))
         return jax.lax.scan(rematerialized(run, self.remat), x, blocks, unroll=unroll)[0]

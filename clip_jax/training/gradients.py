@@ -7,6 +7,7 @@ which makes accumulation exact: embed all microbatches, differentiate the loss o
 the embeddings, embed again and go on from there.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from clip_jax.data.batch import Batch
 from clip_jax.errors import ConfigError
 from clip_jax.losses import Communication, sigmoid_loss, softmax_loss
 from clip_jax.models import Training
+from clip_jax.models.layers import rows_stay
 from clip_jax.optim import matching_mask
 from clip_jax.preprocess import Preprocess
 from clip_jax.sharding import BATCH_AXES, BATCH_SPEC, batch_divisor
@@ -77,10 +79,11 @@ def make_gradients(
     def embed(trained: Any, rest: Any, batch_stats: Any, batch: Batch, keys: Array):
         clip = model.merge(_join(trained, rest), batch_stats)
         training = Training(keys, over_rows.axis_names)
-        image = clip.encode_image(
-            preprocess.normalize(batch.image), normalize=True, training=training
-        )
-        text = clip.encode_text(batch.tokens, normalize=True)
+        with over_rows.tracing():
+            image = clip.encode_image(
+                preprocess.normalize(batch.image), normalize=True, training=training
+            )
+            text = clip.encode_text(batch.tokens, normalize=True)
         return Embeddings(image, text), nnx.to_pure_dict(nnx.state(clip, nnx.BatchStat))
 
     compute = _whole_batch if accumulate == 1 else functools.partial(_two_passes, accumulate, mesh)
@@ -124,6 +127,14 @@ class _OverRows:
         if not self.axis_names:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    def tracing(self) -> contextlib.AbstractContextManager[None]:
+        """Around the model: the partitioner leaves the rows where they are."""
+        if self.axis_names:
+            return contextlib.nullcontext()
+        return rows_stay(
+            lambda axes: NamedSharding(self.mesh, P(BATCH_AXES, *[P.UNCONSTRAINED] * (axes - 1)))
+        )
 
     def own(self, params: Any) -> Any:
         """Parameters whose gradient is that of the own rows; the transpose is `sum`."""

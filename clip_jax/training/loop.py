@@ -13,21 +13,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from clip_jax.checkpoint import Checkpoints, ModelCard, load_params
-from clip_jax.config import architecture
 from clip_jax.data.batches import train_batches
 from clip_jax.data.order import Order
 from clip_jax.data.prefetch import Prefetch
 from clip_jax.data.sources import open_mixture
-from clip_jax.errors import CheckpointError, ConfigError
+from clip_jax.errors import CheckpointError
 from clip_jax.models import CLIP, CLIPConfig, resize_positions
-from clip_jax.models.flops import training_flops
-from clip_jax.optim import frozen_towers, learning_rate_schedule, make_optimizer
 from clip_jax.preprocess import Preprocess
-from clip_jax.sharding import batch_divisor, make_mesh, shard_batch
-from clip_jax.training.gradients import make_gradients
+from clip_jax.sharding import make_mesh, shard_batch
 from clip_jax.training.metrics import TrainLog
-from clip_jax.training.state import TrainState, abstract_model, abstract_state, initial_state
-from clip_jax.training.step import make_train_step
+from clip_jax.training.program import prepare
+from clip_jax.training.state import TrainState, initial_state
 
 Evaluator = Callable[[CLIP, Preprocess, Mesh], Mapping[str, float]]
 
@@ -64,70 +60,38 @@ def train(
         Interrupted: SIGINT or SIGTERM came; the state is saved.
     """
     mesh = make_mesh(config.mesh)
+    program, train_step = prepare(config, mesh)
+    model, preprocess, target = program.model, program.preprocess, program.target
     batch_size, steps = config.train.batch_size, config.train.steps
-    _check_batch_size(batch_size, config.train.accumulate, mesh)
-    model_config = architecture(config.model)
-    preprocess = Preprocess(model_config.vision.image_size, config.data.mean, config.data.std)
-    frozen = config.optim.frozen
-    model = abstract_model(
-        model_config,
-        config.train.dtype,
-        config.train.remat,
-        config.train.unroll,
-        frozen,
-        config.optim.bfloat16_weights,
-    )
-    schedule = learning_rate_schedule(config.optim.peak_lr, config.optim.warmup_steps, steps)
-    optimizer = make_optimizer(config.optim, schedule)
     mixture = open_mixture(config.data.train, config.data)
     order = Order.start(mixture, config.seed, config.data.streams, config.data.shuffle_bytes)
-    card = ModelCard(model_config, preprocess, config.to_dict())
+    card = ModelCard(program.architecture, preprocess, config.to_dict())
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(workdir, config.checkpoint.keep))
         )
-        target = abstract_state(model, optimizer, mesh, ema=config.optim.ema_decay > 0)
         restored = checkpoints.restore(target, card)
         if restored is not None:
             state, saved_order = restored
             order = order.resume(saved_order)
         else:
-            state = initial_state(model_config, optimizer, target, config.seed)
+            state = initial_state(program.architecture, program.optimizer, target, config.seed)
             if config.train.init_from:
-                state = _start_from(config.train.init_from, state, model_config)
+                state = _start_from(config.train.init_from, state, program.architecture)
         first_step = int(state.step)
 
-        gradients = make_gradients(
-            model,
-            preprocess,
-            mesh,
-            loss=config.train.loss,
-            communication=config.train.loss_communication,
-            accumulate=config.train.accumulate,
-            frozen=frozen,
-        )
-        train_step = make_train_step(
-            gradients,
-            optimizer,
-            schedule,
-            target,
-            max_logit_scale=config.train.max_logit_scale,
-            ema_decay=config.optim.ema_decay,
-            seed=config.seed,
-        )
         host_batches = train_batches(
-            mixture, order, config, preprocess.size, model_config.text.context_length
+            mixture, order, config, preprocess.size, program.architecture.text.context_length
         )
         batches = stack.enter_context(
             contextlib.closing(
                 Prefetch(host_batches, lambda b: b._replace(batch=shard_batch(b.batch, mesh)))
             )
         )
-        flops = training_flops(model_config, frozen_towers(model.params, frozen))
         log = stack.enter_context(
             contextlib.closing(
-                TrainLog(workdir, first_step, steps, config.log.every, batch_size, flops)
+                TrainLog(workdir, first_step, steps, config.log.every, batch_size, program.flops)
             )
         )
         if restored is not None:
@@ -166,15 +130,6 @@ def train(
         evaluated = evaluate(steps)
     trained = model.merge(state.best_params, state.batch_stats)
     return Result(trained, preprocess, mesh, evaluated)
-
-
-def _check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
-    divisor = batch_divisor(mesh) * accumulate
-    if batch_size % divisor:
-        raise ConfigError(
-            f"train.batch_size={batch_size} is not a multiple of {divisor}: the devices along the "
-            "mesh's data and fsdp axes share out the batch, each train.accumulate microbatches"
-        )
 
 
 def _start_from(path: str, state: TrainState, config: CLIPConfig) -> TrainState:
