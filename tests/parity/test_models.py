@@ -1,5 +1,7 @@
 """The towers against open_clip's with the same weights, in float32: layers, logits, gradients."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ from flax import nnx
 
 from clip_jax.losses import softmax_loss
 from clip_jax.models import Training
+from clip_jax.models.positions import resize_position_embedding
 from clip_jax.weights.source import abstract_model, flatten, nest
 from tests.parity.programs import (
     SMALL,
@@ -116,3 +119,13 @@ def test_logits_loss_and_every_gradient_of_a_training_step_are_open_clips(config
         if path.endswith("key/bias"):
             continue  # softmax ignores it: both gradients are rounding noise
         assert relative(gradient, expected[path]) < 2e-4, path
+
+
+@pytest.mark.parametrize(("old", "new"), [(7, 14), (16, 24), (24, 16), (14, 9)])
+def test_position_tables_are_resized_as_open_clip_resizes_them(old, new):
+    table = torch.randn(1 + old**2, 5)
+    state = {"visual.positional_embedding": table}
+    visual = types.SimpleNamespace(grid_size=(new, new))
+    theirs.model.resize_pos_embed(state, types.SimpleNamespace(visual=visual))
+    found = resize_position_embedding(jnp.asarray(table.numpy()), 1 + new**2)
+    assert relative(found, state["visual.positional_embedding"].numpy()) < 1e-5
