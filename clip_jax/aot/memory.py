@@ -215,10 +215,12 @@ def _stacked(jaxpr: Any, devices: int) -> Iterator[Array]:
                 body.outvars[carried:], equation.outvars[carried:], strict=True
             ):
                 kind = stacked.aval
-                if result in makers:
-                    origin = source_info_util.summarize(makers[result].source_info)
-                    size = kind.size * kind.dtype.itemsize // devices
-                    yield Array(size, str(kind.dtype), kind.shape, origin)
+                maker = makers.get(result)
+                origin = (
+                    source_info_util.summarize(maker.source_info) if maker else "what a layer takes"
+                )
+                size = kind.size * kind.dtype.itemsize // devices
+                yield Array(size, str(kind.dtype), kind.shape, origin)
         for each in inner:
             shared = 1 if equation.primitive.name == "shard_map" else devices
             yield from _stacked(getattr(each, "jaxpr", each), shared)
