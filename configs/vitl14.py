@@ -3,7 +3,7 @@
     python train.py --config=configs/vitl14.py --workdir=gs://BUCKET/vitl14 \
         --config.data.train=gs://BUCKET/pairs/{00000..41407}.tfrecord
 
-Hardware: a TPU pod slice such as v5e-256; not measured yet.
+Hardware: a TPU pod slice such as v5e-256, which it fits (docs/pods.md); not run yet.
 Time: not measured yet; the paper's took 12 days on 256 V100.
 Result: not measured; the paper reports 75.3 % ImageNet zero-shot top-1 on its own 400M pairs.
 """
