@@ -16,6 +16,7 @@ FLOORS = [
         "weights",
         "preprocess",
         "losses",
+        "resize",
         "optim",
         "sharding",
         "rounding",

@@ -2,11 +2,16 @@
 
 from typing import Any, NamedTuple
 
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 
 class Batch(NamedTuple):
-    """Image-text pairs; row i of the one belongs to row i of the other."""
+    """Image-text pairs; row i of the one belongs to row i of the other.
+
+    With `box` (top, left, height, width), the pictures are yet to be cropped and resized:
+    `clip_jax.resize.crop_resize`.
+    """
 
     image: UInt8[Any, "B H W 3"]
     tokens: Int32[Any, "B T"]
+    box: Float32[Any, "B 4"] | None = None

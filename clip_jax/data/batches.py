@@ -167,4 +167,4 @@ class _Rows:
 def _with_tokens(taken: Any, context_length: int, faults: Faults) -> TrainBatch:
     rows, captions, order = taken
     tokens = tokenize(captions, context_length, truncate=True)
-    return TrainBatch(Batch(rows["image"], tokens), order, faults)
+    return TrainBatch(Batch(rows["image"], tokens, rows.get("box")), order, faults)

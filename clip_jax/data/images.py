@@ -4,6 +4,7 @@ import tensorflow as tf
 
 UNKNOWN_FORMAT = "Unknown image file format"  # TensorFlow's own words
 _HEADER_BYTES = 32
+_SCALES = (2, 4, 8)  # denominators that libjpeg decodes at
 
 
 def read_size(image: tf.Tensor) -> tf.Tensor:
@@ -97,3 +98,67 @@ def resize(pixels: tf.Tensor, size: int) -> tf.Tensor:
     """Antialiased bicubic interpolation to a square: uint8 [H, W, 3] -> uint8 [size, size, 3]."""
     resized = tf.image.resize(pixels, [size, size], tf.image.ResizeMethod.BICUBIC, antialias=True)
     return tf.ensure_shape(to_uint8(resized), [size, size, 3])
+
+
+def canvas_size(size: int) -> int:
+    """Side of the square in which a picture waits for the device, in pixels.
+
+    A crop of a 640 x 480 photograph fits in that of 224, so that it is decoded at full scale: at
+    reduced scale libjpeg's filter shows, and the more the nearer the crop is to the size.
+    """
+    return 2 * size + 64
+
+
+def decode_canvas(
+    image: tf.Tensor, size: tf.Tensor, box: tf.Tensor, target: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """A part of a picture to be resized on the device, by `clip_jax.resize.crop_resize`.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 where the part is larger than the canvas. What does not fit
+    all the same is resized here.
+
+    Args:
+        image: encoded bytes.
+        size: int32 [2], the picture's height and width.
+        box: int32 [4], as `decode_box` takes it.
+        target: side of the square that it will be resized to.
+
+    Returns:
+        uint8 [h, w, 3], no side longer than `canvas_size(target)`; and where in it the part lies,
+        float32 [4].
+    """
+    canvas = canvas_size(target)
+    corner, sides = box[:2], box[2:]
+
+    def at_scale(scale: int) -> tuple[tf.Tensor, tf.Tensor]:
+        first = corner // scale
+        last = tf.minimum(-(-(corner + sides) // scale), -(-size // scale))
+        window = tf.concat([first, last - first], 0)
+        pixels = tf.io.decode_and_crop_jpeg(
+            image, window, channels=3, ratio=scale, dct_method="INTEGER_ACCURATE"
+        )
+        exact = tf.cast(box, tf.float32) / scale
+        return pixels, exact - tf.cast(tf.concat([first, [0, 0]], 0), tf.float32)
+
+    def whole() -> tuple[tf.Tensor, tf.Tensor]:
+        return decode_box(image, box), tf.cast(tf.concat([[0, 0], sides], 0), tf.float32)
+
+    def resized() -> tuple[tf.Tensor, tf.Tensor]:
+        pixels = resize(decode_box(image, box), target)
+        return pixels, tf.constant([0, 0, target, target], tf.float32)
+
+    longest = tf.reduce_max(sides)
+    fits = [longest <= canvas] + [longest <= (canvas - 1) * scale for scale in _SCALES]
+    jpeg = tf.io.is_jpeg(image)
+    branch = tf.argmax(tf.cast([fits[0], *(jpeg & fit for fit in fits[1:]), True], tf.int32))
+    branches = [whole, *(lambda scale=scale: at_scale(scale) for scale in _SCALES), resized]
+    pixels, place = tf.switch_case(tf.cast(branch, tf.int32), branches)
+    return tf.ensure_shape(pixels, [None, None, 3]), tf.ensure_shape(place, [4])
+
+
+def on_canvas(pixels: tf.Tensor, target: int) -> tf.Tensor:
+    """uint8 [h, w, 3] -> [canvas, canvas, 3], in its top left corner."""
+    canvas = canvas_size(target)
+    return tf.ensure_shape(
+        tf.image.pad_to_bounding_box(pixels, 0, 0, canvas, canvas), [canvas, canvas, 3]
+    )

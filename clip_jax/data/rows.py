@@ -42,6 +42,9 @@ class RowFunction:
         self._size = size
         self._max_pixels = config.max_pixels
         self._options = Augmentation.from_config(config)
+        if config.resize not in ("host", "device"):
+            raise DataError(f"config.data.resize={config.resize!r}; expected host or device")
+        self._on_device = config.resize == "device"
         self._templates: tf.Tensor | None = None
         if not source.has_captions:
             self._templates = _templates(source, config.templates)
@@ -55,12 +58,13 @@ class RowFunction:
         image = features["image"]
         size = images.within(images.read_size(image), self._max_pixels)
         box = augment.draw_box(size, self._options, draws)
+        row = {"caption": self.caption(features, draws), "ticket": fields["ticket"]}
+        if self._on_device:
+            pixels, place = images.decode_canvas(image, size, box, self._size)
+            pixels = augment.recolor(pixels, self._options, draws)
+            return row | {"image": images.on_canvas(pixels, self._size), "box": place}
         pixels = images.resize(images.decode_box(image, box), self._size)
-        return {
-            "image": augment.recolor(pixels, self._options, draws),
-            "caption": self.caption(features, draws),
-            "ticket": fields["ticket"],
-        }
+        return row | {"image": augment.recolor(pixels, self._options, draws)}
 
     def caption(self, features: Features, draws: tf.Tensor) -> tf.Tensor:
         """One of those there are, cut one byte behind the limit."""
@@ -172,7 +176,7 @@ class Reader:
         self._ahead: collections.deque[_Ahead] = collections.deque()
 
     def dataset(self) -> tf.data.Dataset:
-        """Endless rows: `image`, `caption`, and `ticket`, int64."""
+        """Endless rows: what `RowFunction` gives; `caption` and `ticket` among it."""
         fields = {
             "draws": tf.TensorSpec([DRAWS], tf.float32),
             "ticket": tf.TensorSpec([], tf.int64),

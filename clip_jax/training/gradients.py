@@ -27,6 +27,7 @@ from clip_jax.models import Training
 from clip_jax.models.layers import rows_stay
 from clip_jax.optim import matching_mask
 from clip_jax.preprocess import Preprocess
+from clip_jax.resize import crop_resize
 from clip_jax.sharding import BATCH_AXES, BATCH_SPEC, batch_divisor
 from clip_jax.training.state import AbstractModel
 
@@ -79,9 +80,12 @@ def make_gradients(
     def embed(trained: Any, rest: Any, batch_stats: Any, batch: Batch, keys: Array):
         clip = model.merge(_join(trained, rest), batch_stats)
         training = Training(keys, over_rows.axis_names)
+        pixels = batch.image
         with over_rows.tracing():
+            if batch.box is not None:
+                pixels = crop_resize(pixels, batch.box, preprocess.size)
             image = clip.encode_image(
-                preprocess.normalize(batch.image), normalize=True, training=training
+                preprocess.normalize(pixels), normalize=True, training=training
             )
             text = clip.encode_text(batch.tokens, normalize=True)
         return Embeddings(image, text), nnx.to_pure_dict(nnx.state(clip, nnx.BatchStat))

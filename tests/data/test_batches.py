@@ -13,6 +13,7 @@ from clip_jax.data.batches import train_batches
 from clip_jax.data.order import Order
 from clip_jax.data.sources import open_mixture
 from clip_jax.errors import DataError
+from clip_jax.resize import crop_resize
 from clip_jax.tokenizer import tokenize
 from tests.data.records import (
     TinyImages,
@@ -166,6 +167,31 @@ def test_a_pair_is_cropped_anew_in_every_epoch(run):
     # Two crops of pictures of some twenty pixels may be the same by chance.
     assert sum(len(seen) - len(set(seen)) for seen in crops.values()) <= 2
     assert max(map(len, crops.values())) >= 2
+
+
+def test_pictures_left_to_the_device_become_what_the_host_makes_of_them(tmp_path):
+    config = make_config(train=write_pairs(tmp_path / "a", LENGTHS), resized_crop=(0.3, 1.0))
+    on_host = plain(take(3, config))
+    config.data.resize = "device"
+    for host, device in zip(on_host, plain(take(3, config)), strict=True):
+        np.testing.assert_array_equal(host.tokens, device.tokens)
+        pixels = np.asarray(crop_resize(device.image, device.box, SIZE))
+        difference = np.abs(pixels.astype(int) - host.image)
+        assert difference.max() <= 1  # where rounding decides
+        assert difference.mean() < 0.01
+    config.data.resize = "nowhere"
+    with pytest.raises(DataError, match="expected host or device"):
+        take(1, config)
+
+
+@pytest.mark.slow
+def test_the_next_two_hundred_batches_after_any_kill_are_the_same(tmp_path):
+    spec = write_pairs(tmp_path / "a", LENGTHS, DAMAGE)
+    config = make_config(train=spec, shuffle_bytes=20_000)
+    undisturbed = take(220, config)
+    for done in (1, 20):
+        resumed = take(200, config, undisturbed[done - 1].order)
+        assert_same(plain(resumed), plain(undisturbed[done : done + 200]))
 
 
 def test_weights_decide_how_often_a_source_comes(tmp_path):

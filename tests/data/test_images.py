@@ -10,6 +10,7 @@ from PIL import Image, ImageEnhance
 from clip_jax.data import images
 from clip_jax.data.augment import DRAWS, Augmentation, draw_box, recolor
 from clip_jax.data.draws import uniforms
+from clip_jax.resize import crop_resize
 from tests.data.records import coordinates, encode, photograph
 
 
@@ -260,3 +261,41 @@ def test_grey_is_pillows():
 def test_header_sizes_are_those_of_the_pixels():
     for name, file in FILES.items():
         assert images.read_size(tf.constant(file)).numpy().tolist() == [30, 41], name
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "kind", "scale"),
+    [
+        (120, 150, "JPEG", 1),
+        (120, 150, "PNG", 1),
+        (300, 410, "JPEG", 4),
+        (511, 290, "JPEG", 4),
+        (2_000, 1_900, "JPEG", None),  # more than eight canvases
+        (300, 410, "PNG", None),
+    ],
+)
+def test_a_canvas_resized_on_the_device_is_what_the_host_makes_of_the_picture(
+    height, width, kind, scale
+):
+    target = 16
+    assert images.canvas_size(target) == 96
+    pixels = photograph(height, width)
+    encoded = tf.constant(encode(pixels, kind))
+    if kind == "JPEG" and scale == 1:
+        assert height > 96  # so that the box alone has to fit
+    side = {1: 90, 4: 283, None: 283 if kind == "PNG" else 1_800}[scale]
+    box = tf.constant([7, 5, side, side])
+    size = tf.constant([height, width])
+    canvas, place = images.decode_canvas(encoded, size, box, target)
+    assert max(canvas.shape[:2]) <= 96
+    image = images.on_canvas(canvas, target).numpy()
+    assert image.shape == (96, 96, 3)
+    result = np.asarray(crop_resize(image[None], place.numpy()[None], target))[0]
+    expected = images.resize(images.decode_box(encoded, box), target).numpy()
+    largest, mean = difference(result, expected)
+    if scale == 4:
+        np.testing.assert_allclose(place, [7 / 4 - 1, 5 / 4 - 1, side / 4, side / 4])
+        assert mean < 1
+    else:
+        assert largest <= 1
+        assert mean < 0.02

@@ -52,13 +52,21 @@ def variables(config):
     return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
 
-def found(config, mesh, **options):
+def on_canvas(batch):
+    """The same pictures, each in a box of its size within a larger picture of noise."""
+    rows, size, _, _ = batch.image.shape
+    canvas = np.random.default_rng(1).integers(0, 256, (rows, size + 8, size + 9, 3), np.uint8)
+    canvas[:, 3 : 3 + size, 5 : 5 + size] = batch.image
+    return batch._replace(image=canvas, box=np.tile(np.float32([3, 5, size, size]), (rows, 1)))
+
+
+def found(config, mesh, change=lambda batch: batch, **options):
     """(loss, gradients, batch_stats) of the code under test."""
     model = abstract_model(config, frozen=options.get("frozen", ()))
     preprocess = Preprocess(config.vision.image_size)
     function = jax.jit(make_gradients(model, preprocess, mesh, **options))
     keys = image_keys(jax.random.key(5), ROWS)
-    return function(*variables(config), shard_batch(batch_for(config), mesh), keys)
+    return function(*variables(config), shard_batch(change(batch_for(config)), mesh), keys)
 
 
 def expected(config, microbatches=1, sigmoid=False):
@@ -133,6 +141,10 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(shape, plain):
 
 def test_patch_dropout_without_accumulation_drops_the_same(plain):
     assert_equal(found(DROPPING, mesh_of(8, 1, 1)), plain("DROPPING"))
+
+
+def test_pictures_that_the_step_crops_and_resizes_give_the_same_gradient(plain):
+    assert_equal(found(VIT, mesh_of(2, 1, 1), on_canvas, accumulate=2), plain("VIT"))
 
 
 @pytest.mark.slow
