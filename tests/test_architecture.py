@@ -27,7 +27,7 @@ FLOORS = [
     },
     {"data", "checkpoint"},
     {"loading", "training"},
-    {"eval", "convert", "aot"},
+    {"eval", "search", "convert", "aot"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 NEWCOMERS_PATH = [

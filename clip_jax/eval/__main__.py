@@ -10,10 +10,13 @@ from clip_jax.eval import TASKS, Encoder, Options, datasets, suites
 from clip_jax.eval.logistic import SOLVERS, Solver
 from clip_jax.eval.results import Results
 from clip_jax.eval.run import Request, log_line, run
-from clip_jax.loading import load
+from clip_jax.loading import load, load_tokenizer
 from clip_jax.sharding import join_hosts, make_mesh, replicate
 
 _MODEL = flags.DEFINE_string("model", None, "Anything that clip_jax.load takes.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "The model's SentencePiece file, where it is not beside the weights."
+)
 _DATASET = flags.DEFINE_list(
     "dataset", [], f"Folders in --data_dir, paths, or of: {', '.join(datasets())}."
 )
@@ -83,7 +86,8 @@ def main(_: list[str]) -> None:
         mesh = make_mesh(ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}))
         source = str(_MODEL.value)
         model, preprocess = load(source)
-        encoder = Encoder(replicate(model, mesh), preprocess, mesh, _BATCH_SIZE.value)
+        tokenizer = load_tokenizer(source, file=_TOKENIZER.value)
+        encoder = Encoder(replicate(model, mesh), preprocess, mesh, _BATCH_SIZE.value, tokenizer)
         run(request, encoder, Results(_OUT.value, source), log_line)
     except UserError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -113,6 +113,26 @@ def hits_and_misses(
     return figure
 
 
+def contact_sheet(
+    rows: Sequence[tuple[str, Sequence[tuple[np.ndarray, str]]]], columns: int = 6
+) -> Figure:
+    """Pictures with labels, under a title for each group."""
+    heights = [-(-max(len(pictures), 1) // columns) for _, pictures in rows]
+    figure = Figure(figsize=(1.8 * columns, 2.05 * sum(heights) + 0.3 * len(rows)))
+    parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for part, height, (title, pictures) in zip(parts, heights, rows, strict=True):
+        part.suptitle(textwrap.shorten(title, 110, placeholder="…"), size=10, x=0.02, ha="left")
+        grid = part.subplots(height, columns, squeeze=False)
+        part.subplots_adjust(left=0.01, right=0.99, top=1 - 0.38 / (2.05 * height), bottom=0.02,
+                             wspace=0.05, hspace=0.2)  # fmt: skip
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for axes, (picture, label) in zip(grid.flat, pictures, strict=False):
+            axes.imshow(picture)
+            axes.set_title(label, size=7, pad=2)
+    return figure
+
+
 def zero_shot_versus_probe(differences: Mapping[str, float], what: str) -> Figure:
     """Zero-shot minus linear probe in points, by data set, as the paper's figure 5."""
     names = sorted(differences, key=lambda name: -differences[name])

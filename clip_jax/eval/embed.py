@@ -22,7 +22,8 @@ from clip_jax.eval.registry import ClassName
 from clip_jax.models import CLIP
 from clip_jax.preprocess import Preprocess
 from clip_jax.sharding import batch_divisor, shard_batch
-from clip_jax.tokenizer import tokenize
+from clip_jax.tokenizer import Tokenizer
+from clip_jax.tokenizers import AnyTokenizer
 
 # Texts are cut to a multiple of this many tokens: prompts seldom need a quarter of the context.
 _LENGTH_STEP = 16
@@ -83,13 +84,22 @@ class Encoder:
         preprocess: that of the model.
         mesh: whose devices share out the work.
         batch_size: of all devices together; rounded up to what they can share out.
+        tokenizer: that of the model; None: CLIP's.
     """
 
-    def __init__(self, model: CLIP, preprocess: Preprocess, mesh: Mesh, batch_size: int = 256):
+    def __init__(
+        self,
+        model: CLIP,
+        preprocess: Preprocess,
+        mesh: Mesh,
+        batch_size: int = 256,
+        tokenizer: AnyTokenizer | None = None,
+    ):
         self.model = model
         self.preprocess = preprocess
         self.mesh = mesh
         self.batch_size = _round_up(batch_size, batch_divisor(mesh))
+        self._tokenizer = tokenizer or Tokenizer(model.config.text.context_length)
         self._classes: dict[tuple[tuple[str, ...], tuple[str, ...]], np.ndarray] = {}
 
     @property
@@ -111,7 +121,7 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
         """Unit-length embeddings of texts; every host passes the same ones and gets all."""
-        return self._tokens(tokenize(texts, self.model.config.text.context_length, truncate=True))
+        return self._tokens(self._tokenizer(texts, truncate=True))
 
     def class_vectors(
         self, classes: Sequence[ClassName], templates: Sequence[str]
@@ -195,9 +205,8 @@ class Encoder:
         self, rows: Sequence[_Row]
     ) -> tuple[Float[np.ndarray, "M E"] | None, Int[np.ndarray, " M"] | None]:
         """Embeds the captions of the rows of all hosts, and says whose they are, by place."""
-        context = self.model.config.text.context_length
         captions = [(row.place, text) for row in rows for text in row.example.captions]
-        tokens = tokenize([text for _, text in captions], context, truncate=True)
+        tokens = self._tokenizer([text for _, text in captions], truncate=True)
         owner = np.array([place for place, _ in captions], np.int64)
         tokens, owner = _gather_ragged(tokens), _gather_ragged(owner)
         if not len(owner):
@@ -319,7 +328,7 @@ def _by_length(tokens: Int[np.ndarray, "N T"], model: CLIP) -> Iterator[tuple[in
     context = tokens.shape[1]
     config = model.config.text
     needed = np.full(len(tokens), context)
-    if getattr(config, "causal", True) and getattr(config, "pool", "eot") == "eot":
+    if config.causal and config.pool == "eot":
         ends = tokens.argmax(axis=1) + 1
         needed = np.minimum(_round_up(ends, _LENGTH_STEP), context)
     for length in np.unique(needed):

@@ -24,7 +24,7 @@ from flax import nnx
 from clip_jax.eval.outcome import Outcome
 from clip_jax.eval.registry import EvalDataset
 from clip_jax.eval.tasks import TASKS
-from clip_jax.models import CLIP, available_models, model_config
+from clip_jax.models import CLIP, CLIPConfig, available_models, model_config
 
 Row = dict[str, Any]
 # CLIP_benchmark's names of the tasks that it has, too.
@@ -99,7 +99,7 @@ class Results:
         """A result in CLIP_benchmark's schema."""
         return {
             "dataset": dataset,
-            "model": architecture_name(model) or "clip_jax",
+            "model": architecture_name(model.config) or "clip_jax",
             "pretrained": self._source,
             "task": _TASK_NAMES.get(task, task),
             "metrics": outcome.metrics,
@@ -110,9 +110,9 @@ class Results:
         return self.directory / kind / f"{key}.json"
 
 
-def paper_figures(entry: EvalDataset, task: str, model: CLIP) -> dict[str, float]:
+def paper_figures(entry: EvalDataset, task: str, config: CLIPConfig) -> dict[str, float]:
     """The paper's figures, shares of one, by metric: those of the model's architecture."""
-    name = architecture_name(model)
+    name = architecture_name(config)
     found = entry.figures.get(task, {}).get(name) if name else None
     if found is None:
         return {}
@@ -122,7 +122,7 @@ def paper_figures(entry: EvalDataset, task: str, model: CLIP) -> dict[str, float
     return {f"{prefix}{entry.metric}": found / 100}
 
 
-def architecture_name(model: CLIP) -> str | None:
+def architecture_name(config: CLIPConfig) -> str | None:
     """The name of the released model that has these sizes, activation aside; None: no such one."""
 
     def sizes(config: Any) -> Any:
@@ -131,7 +131,7 @@ def architecture_name(model: CLIP) -> str | None:
             tower.pop("activation", None)
         return values
 
-    own = sizes(model.config)
+    own = sizes(config)
     return next((name for name in available_models() if sizes(model_config(name)) == own), None)
 
 

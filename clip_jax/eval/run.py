@@ -137,7 +137,7 @@ def _run_one(
             "title": entry.title,
             "metric": ("lp_" if task == "linear_probe" else "") + entry.metric,
             "intervals": outcome.intervals,
-            "paper": paper_figures(entry, task, encoder.model),
+            "paper": paper_figures(entry, task, encoder.model.config),
             "examples": outcome.examples,
             "unreadable": outcome.unreadable,
             "notes": [note for note in (*outcome.notes, entry.note) if note],
@@ -185,10 +185,11 @@ def _hits_and_misses(
     right = chosen == predictions.target
     sure = predictions.probabilities.max(axis=1)
     random = np.random.default_rng(0)
-    hits = random.permutation(np.flatnonzero(right))[:_PICTURES]
+    target = predictions.target
+    hits = _of_different_classes(random.permutation(np.flatnonzero(right)), target)
     misses = np.flatnonzero(~right)
-    misses = misses[np.argsort(-sure[misses], kind="stable")][:_PICTURES]
-    rows = np.concatenate([hits, misses])
+    misses = misses[np.argsort(-sure[misses], kind="stable")]
+    rows = np.concatenate([hits, _of_different_classes(misses, target)])
     wanted = {int(predictions.places[row]): row for row in rows}
     thumbnail = dataclasses.replace(preprocess, size=_THUMBNAIL)
     pixels: dict[int, np.ndarray] = {}
@@ -209,6 +210,16 @@ def _hits_and_misses(
         [names[chosen[row]] for row in shown],
         [float(sure[row]) for row in shown],
     )
+
+
+def _of_different_classes(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The first rows: each class once, then each a second time, as far as they are needed."""
+    seen: dict[int, int] = {}
+    turn = []
+    for row in rows:
+        seen[target[row]] = seen.get(target[row], -1) + 1
+        turn.append(seen[target[row]])
+    return rows[np.argsort(turn, kind="stable")[:_PICTURES]]
 
 
 def _draw_across(rows: Sequence[tuple[str, dict[str, Any], Mapping[str, Any]]], results) -> None:

@@ -5,22 +5,16 @@ import io
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 import clip_jax
 from clip_jax.errors import ConfigError, DataError
 from clip_jax.eval import Encoder, Options, evaluate, evaluators
 from clip_jax.eval.registry import PLAIN_TEMPLATE
-from clip_jax.models import CLIP, CLIPConfig, TextConfig, ViTConfig
 from clip_jax.preprocess import Preprocess
 from clip_jax.sharding import replicate
+from tests.eval.tiny import made, mesh_of_one, model
 
-CONFIG = CLIPConfig(
-    embed_dim=8,
-    vision=ViTConfig(image_size=16, patch_size=8, width=16, layers=1, heads=2),
-    text=TextConfig(width=16, heads=2, layers=1, context_length=32),
-)
 CLASSES = ["blue star", "green circle", "red square"]
 QUICK = Options(intervals=False)
 
@@ -55,18 +49,13 @@ def data_dir(tmp_path_factory):
     return directory
 
 
-def model():
-    return CLIP(CONFIG, rngs=nnx.Rngs(1))
-
-
 def encoder(mesh, batch_size=64):
     return Encoder(replicate(model(), mesh), Preprocess(16), mesh, batch_size)
 
 
 @pytest.fixture
 def one_device():
-    axes = ("data", "fsdp", "tensor")
-    return jax.make_mesh((1, 1, 1), axes, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    return mesh_of_one()
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +192,7 @@ def test_bad_input_is_answered_with_what_was_expected(one_device, data_dir, tmp_
     (tmp_path / "rotten" / "test" / "cat" / "0.png").write_bytes(b"x")
     with pytest.raises(DataError, match="none of its 1 pictures can be read"):
         ask("rotten")
+    ready.model = made()
     ready.model.text = None
     with pytest.raises(ConfigError, match="no text tower, which zero_shot needs"):
         ask("shapes", data_dir, tasks=["zero_shot"])
