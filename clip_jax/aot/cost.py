@@ -272,16 +272,44 @@ def _groups(instruction: Instruction, devices: int) -> list[list[int]]:
     text = instruction.attribute("replica_groups") or "{}"
     iota = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if iota:
-        shape, dims, order = (
-            [int(n) for n in part.split(",")] if part else [] for part in iota.groups()
-        )
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        return (ids.transpose(order) if order else ids).reshape(shape).tolist()
+        shape, dims, order = map(_whole, iota.groups())
+        return _iota(dims, order).reshape(shape).tolist()
+    if text.startswith("mesh["):
+        return _groups_of_mesh(instruction.attributes)
     groups = [
         [int(number) for number in re.findall(r"\d+", group)]
         for group in re.findall(r"\{([\d, ]+)\}", text)
     ]
     return groups or [list(range(devices))]
+
+
+def _groups_of_mesh(attributes: str) -> list[list[int]]:
+    """Of `replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}`: along these axes.
+
+    Raises:
+        ValueError: it is written in another way.
+    """
+    found = re.search(
+        r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? "
+        r"\{([^}:]*)\}",
+        attributes,
+    )
+    if found is None:
+        raise ValueError(f"groups of devices that are not known: {attributes[:200]}")
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    ids = _iota(_whole(found[2]) or [math.prod(sizes.values())], _whole(found[3]))
+    along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[4])]
+    ids = np.moveaxis(ids.reshape(list(sizes.values())), along, range(-len(along), 0))
+    return ids.reshape(-1, math.prod(ids.shape[-len(along) :])).tolist()
+
+
+def _whole(text: str | None) -> list[int]:
+    return [int(number) for number in text.split(",")] if text else []
+
+
+def _iota(dims: list[int], order: list[int]) -> np.ndarray:
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return ids.transpose(order) if order else ids
 
 
 def _axes(groups: list[list[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:

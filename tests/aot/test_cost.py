@@ -135,6 +135,10 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
         ("[4,2]<=[2,4]T(1,0)", ("data",), 2),
         ("[2,4]<=[4,2]T(1,0)", ("data", "fsdp"), 4),
         ("{}", ("data", "fsdp", "tensor"), 8),
+        ("mesh['a'=2,'b'=4] {'a'}", ("data",), 2),
+        ("mesh['a'=2,'b'=2,'c'=2], device_ids=([2,2,2]T(0,2,1)) {'b'}", ("tensor",), 2),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", ("data", "fsdp"), 4),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','b'}", ("data", "fsdp"), 4),
     ],
 )
 def test_groups_lie_along_axes(groups, axes, size):
