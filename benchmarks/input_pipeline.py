@@ -8,7 +8,7 @@ random resized crop (0.9 to 1 of the area), with as many workers or threads as t
 contender runs in a process of its own, by turns, from the disk's cache. `bare decoding` is
 TensorFlow's JPEG decoder over pictures in memory. Beside samples a second, the CPU time that a
 sample takes: it says the same on a machine that has other things to do. Needs open_clip_torch and
-webdataset.
+webdataset, 0.2.86 at most as open_clip asks.
 """
 
 import argparse
@@ -170,6 +170,16 @@ def contend(name: str, folder: Path, size: int, seconds: float) -> None:
     os._exit(0)  # workers are not waited for
 
 
+def cores_per_chip(cpu: float) -> list[str]:
+    """For each program of docs/pods.json, at the rate that the chip cannot beat."""
+    pods = json.loads((Path(__file__).parents[1] / "docs" / "pods.json").read_text())
+    return [
+        f"{pod['model']} on {pod['chip']} {cpu * pod['examples_per_second_per_chip_bound']:.1f}"
+        for pod in pods.values()
+        if pod.get("examples_per_second_per_chip_bound")
+    ]
+
+
 def main() -> None:
     """Everybody in turn, several rounds; a table of medians."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -206,6 +216,9 @@ def main() -> None:
             f"({rates[0]:.1f}-{rates[-1]:.1f})  {1e3 * cpu:6.2f} ms CPU a sample  "
             f"{base / cpu:5.2f}x open_clip by CPU"
         )
+    for name in ("tar", "tar, device"):
+        cpu = statistics.median(cpu for _, cpu in results[name])
+        print(f"cores that feed a chip, {name}: {', '.join(cores_per_chip(cpu))}")
 
 
 if __name__ == "__main__":
