@@ -209,11 +209,11 @@ def _stacked(jaxpr: Any, devices: int) -> Iterator[Array]:
             list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")
         ) if hasattr(value, "eqns") or hasattr(value, "jaxpr")]  # fmt: skip
         if equation.primitive.name == "scan":
-            body, carried = equation.params["jaxpr"].jaxpr, equation.params["num_carry"]
+            body = equation.params["jaxpr"].jaxpr
             makers = {out: made for made in body.eqns for out in made.outvars}
-            for result, stacked in zip(
-                body.outvars[carried:], equation.outvars[carried:], strict=True
-            ):
+            for result, stacked in zip(body.outvars, equation.outvars, strict=True):
+                if stacked.aval.ndim == result.aval.ndim:
+                    continue  # carried on, not stacked
                 kind = stacked.aval
                 maker = makers.get(result)
                 origin = (
