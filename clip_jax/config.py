@@ -93,7 +93,8 @@ def default_config() -> ConfigDict:
                 "loss_communication": "gather",
                 "accumulate": 1,  # microbatches; the gradient is that of the whole batch, exactly
                 "max_logit_scale": 100.0,
-                "init_from": config_dict.placeholder(str),  # a workdir whose weights to start from
+                # Weights to start from: anything that clip_jax.load takes.
+                "init_from": config_dict.placeholder(str),
             },
             "optim": {
                 "name": "adamw",  # adamw, lion, muon, adafactor

@@ -6,24 +6,20 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clip_jax.checkpoint import Checkpoints, ModelCard, load_params
+from clip_jax.checkpoint import Checkpoints, ModelCard
 from clip_jax.data.batches import train_batches
 from clip_jax.data.order import Order
 from clip_jax.data.prefetch import Prefetch
 from clip_jax.data.sources import open_mixture
-from clip_jax.errors import CheckpointError
-from clip_jax.models import CLIP, CLIPConfig, resize_positions
+from clip_jax.models import CLIP
 from clip_jax.preprocess import Preprocess
 from clip_jax.sharding import make_mesh, shard_batch
 from clip_jax.training.metrics import TrainLog
 from clip_jax.training.program import prepare
-from clip_jax.training.state import TrainState, initial_state
+from clip_jax.training.state import initial_state, with_weights_of
 
 Evaluator = Callable[[CLIP, Preprocess, Mesh], Mapping[str, float]]
 
@@ -78,7 +74,7 @@ def train(
         else:
             state = initial_state(program.architecture, program.optimizer, target, config.seed)
             if config.train.init_from:
-                state = _start_from(config.train.init_from, state, program.architecture)
+                state = with_weights_of(config.train.init_from, state, program.architecture)
         first_step = int(state.step)
 
         host_batches = train_batches(
@@ -130,28 +126,6 @@ def train(
         evaluated = evaluate(steps)
     trained = model.merge(state.best_params, state.batch_stats)
     return Result(trained, preprocess, mesh, evaluated)
-
-
-def _start_from(path: str, state: TrainState, config: CLIPConfig) -> TrainState:
-    """Takes the weights of another run; image positions are resized where the resolution differs.
-
-    Raises:
-        CheckpointError: weights of another architecture.
-    """
-    card, params, batch_stats = load_params(path)
-    params = resize_positions(params, card.model.vision, config.vision)
-    found, wanted = (params, batch_stats), (state.params, state.batch_stats)
-    if jax.tree.map(np.shape, found) != jax.tree.map(np.shape, wanted):
-        raise CheckpointError(
-            f"train.init_from={path} holds {card.model}; its weights do not fit this config's model"
-        )
-    logging.info("starting from the weights of %s", path)
-    params, batch_stats, ema = jax.tree.map(
-        lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
-        (*found, params if state.ema else {}),
-        (*wanted, state.ema),
-    )
-    return state._replace(params=params, batch_stats=batch_stats, ema=ema)
 
 
 @contextlib.contextmanager

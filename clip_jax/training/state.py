@@ -7,16 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from clip_jax.errors import ConfigError
-from clip_jax.models import CLIP, CLIPConfig
+from clip_jax.errors import CheckpointError, ConfigError
+from clip_jax.loading import read_weights
+from clip_jax.models import CLIP, CLIPConfig, resize_positions
 from clip_jax.models.resnet import BatchNorm
 from clip_jax.models.transformer import Remat
 from clip_jax.optim import matching_mask
 from clip_jax.sharding import state_shardings
+from clip_jax.weights.source import flatten, nest
 
 
 class TrainState(NamedTuple):
@@ -126,6 +129,51 @@ def initial_state(
 
     shardings = jax.tree.map(lambda shape: shape.sharding, target)
     return jax.jit(create, out_shardings=shardings)(jax.random.key(seed))
+
+
+def with_weights_of(source: str, state: TrainState, config: CLIPConfig) -> TrainState:
+    """A fresh state whose weights are those of a trained model.
+
+    Args:
+        source: anything that `clip_jax.load` takes.
+        state: fresh.
+        config: its architecture; only the resolution and the patch dropout may be others than the
+            source's. Image positions are resized.
+
+    Raises:
+        CheckpointError: weights of another architecture, or of another tokenizer.
+        WeightsError: as `load`.
+    """
+    weights = read_weights(source)
+    if weights.tokenizer.kind != "clip":
+        raise CheckpointError(
+            f"train.init_from={source} reads the tokens of a SentencePiece model, and training "
+            "makes those of CLIP's tokenizer"
+        )
+    theirs, ours = flatten(weights.config.to_dict()), flatten(config.to_dict())
+    differences = [
+        f"model.{key.replace('/', '.')}: {theirs.get(key)} there, {ours.get(key)} here"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key)
+        and key not in ("vision/image_size", "vision/patch_dropout")
+    ]
+    if differences:
+        raise CheckpointError(
+            f"the weights of train.init_from={source} do not fit this config's model:\n  "
+            + "\n  ".join(differences)
+        )
+    logging.info("starting from the weights of %s", source)
+    arrays = flatten(resize_positions(nest(weights.arrays), weights.config.vision, config.vision))
+
+    def taken(tree: Any) -> Any:
+        placed = {
+            path: jax.device_put(arrays[path].astype(old.dtype), old.sharding)
+            for path, old in flatten(tree).items()
+        }
+        return nest(placed)
+
+    params, batch_stats, ema = map(taken, (state.params, state.batch_stats, state.ema))
+    return state._replace(params=params, batch_stats=batch_stats, ema=ema)
 
 
 def _fresh(

@@ -10,6 +10,7 @@ import pytest
 
 import clip_jax
 from clip_jax.checkpoint import load_params
+from clip_jax.convert import convert
 from clip_jax.errors import CheckpointError, ConfigError, DataError
 from clip_jax.training.loop import Interrupted, train
 from clip_jax.training.metrics import read_metrics
@@ -180,8 +181,17 @@ def test_weights_that_do_not_fit_are_refused(small_config, tmp_path):
     train(small_config, str(tmp_path / "first"))
     small_config.train.init_from = str(tmp_path / "first")
     small_config.model.text.layers = 2
-    with pytest.raises(CheckpointError, match="do not fit this config's model"):
+    with pytest.raises(CheckpointError, match=r"do not fit(?s:.*)model.text.layers: 1 there, 2 he"):
         train(small_config, str(tmp_path / "second"))
+
+
+def test_it_starts_from_the_weights_of_another_program(small_config, tmp_path):
+    small_config.train.steps = 2
+    first = train(small_config, str(tmp_path / "first"))
+    convert(tmp_path / "first", tmp_path / "theirs", "open_clip")
+    small_config.train.init_from = str(tmp_path / "theirs")
+    small_config.optim.update(peak_lr=0.0, weight_decay=0.0)
+    assert_same(weights(first), weights(train(small_config, str(tmp_path / "second"))))
 
 
 def test_the_checkpoint_describes_itself(small_config, tmp_path):
