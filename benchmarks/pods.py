@@ -66,7 +66,7 @@ def compile_row(row: Row, timeout: float) -> dict[str, Any] | None:
             print(f"not done within {timeout:.0f} s")
             return None
         text = Path(file.name).read_text()
-        return json.loads(text)[0] if text else None
+        return json.loads(text) if text else None
 
 
 def table(results: dict[str, Any]) -> str:

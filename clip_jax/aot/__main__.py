@@ -23,7 +23,9 @@ _TOPOLOGY = flags.DEFINE_list(
     "topology", None, "What to compile for, such as v5e:16x16, or v5e:16x16*2 for two slices."
 )
 _JSON = flags.DEFINE_string(
-    "json", None, "A file for the list of reports; docs/pods.md says what the keys mean."
+    "json",
+    None,
+    "A file for the report, or of several topologies the list; docs/pods.md says what is in it.",
 )
 _HLO = flags.DEFINE_string(
     "hlo",
@@ -56,7 +58,8 @@ def main(_: list[str]) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     finally:
         if _JSON.value and reports:
-            Path(_JSON.value).write_text(json.dumps(reports, indent=2) + "\n")
+            found = reports if len(_TOPOLOGY.value) > 1 else reports[0]
+            Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
     sys.exit(0 if all(report["fits"] for report in reports) else 1)
 
 

@@ -133,7 +133,7 @@ def test_mutated_pictures_and_captions_never_break_the_pipeline(tmp_path):
     kinds = [("JPEG", {}), ("PNG", {}), ("GIF", {"mode": "P"}), ("WEBP", {}), ("BMP", {})]
     pictures = [encode(pixels, kind, **options) for kind, options in kinds]
     records, sound = [], set()
-    for n in range(2_500):
+    for n in range(2_800):
         picture, caption = pictures[n % 5], b"caption %d" % n
         if n % 4 == 0:
             sound.add(n)
