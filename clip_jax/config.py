@@ -93,8 +93,7 @@ def default_config() -> ConfigDict:
                 "loss_communication": "gather",
                 "accumulate": 1,  # microbatches; the gradient is that of the whole batch, exactly
                 "max_logit_scale": 100.0,
-                # Weights to start from: anything that clip_jax.load takes.
-                "init_from": config_dict.placeholder(str),
+                "init_from": config_dict.placeholder(str),  # weights: what clip_jax.load takes
             },
             "optim": {
                 "name": "adamw",  # adamw, lion, muon, adafactor

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import sklearn.metrics
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from clip_jax.eval import Encoder, Options, evaluate
 from clip_jax.eval.opening import find
@@ -114,7 +113,7 @@ def test_zero_shot_is_clip_benchmarks_to_the_last_example(model, encoder, place)
         model, theirs.tokenize, names, templates, "cpu", amp=False
     )
     logits, target = zeroshot_classification.run_classification(
-        model, classifier, DataLoader(examples, 32), "cpu", amp=False
+        model, classifier, torch.utils.data.DataLoader(examples, 32), "cpu", amp=False
     )
     outcome = evaluate(encoder, name, tasks=["zero_shot"], data_dir=str(directory), options=PLAIN)[
         "zero_shot"
@@ -135,7 +134,7 @@ def test_retrieval_is_clip_benchmarks_to_the_last_example(model, encoder, place)
     directory, name = place["captions"]
     (found,) = find(name, str(directory))
     examples = Examples(found.split("test"), [], lambda example: list(example.captions))
-    loader = DataLoader(examples, 16, collate_fn=lambda rows: (
+    loader = torch.utils.data.DataLoader(examples, 16, collate_fn=lambda rows: (
         torch.stack([row[0] for row in rows]), [row[1] for row in rows]))  # fmt: skip
     expected = zeroshot_retrieval.evaluate(
         model, loader, theirs.tokenize, "cpu", amp=False, recall_k_list=[1, 5, 10]
