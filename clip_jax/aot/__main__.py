@@ -58,7 +58,7 @@ def main(_: list[str]) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     finally:
         if _JSON.value and reports:
-            found = reports if len(_TOPOLOGY.value) > 1 else reports[0]
+            found = reports if len(_TOPOLOGY.value or ()) > 1 else reports[0]
             Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
     sys.exit(0 if all(report["fits"] for report in reports) else 1)
 

@@ -1,5 +1,8 @@
 """Encoded pictures -> uint8 pixels, inside tf.data."""
 
+from typing import Any
+
+import numpy as np
 import tensorflow as tf
 
 UNKNOWN_FORMAT = "Unknown image file format"  # TensorFlow's own words
@@ -21,31 +24,42 @@ def read_size(image: tf.Tensor) -> tf.Tensor:
 
 
 def _read_size_of_others(image: tf.Tensor) -> tf.Tensor:
+    # A few operations on tables, because every one of them costs time for every picture.
     header = tf.strings.substr(image, 0, _HEADER_BYTES)
-    filled = tf.strings.join([header, tf.constant(bytes(_HEADER_BYTES))])
-    octets = tf.cast(tf.io.decode_raw(filled, tf.uint8)[:_HEADER_BYTES], tf.int64)
-
-    def number(*places: int) -> tf.Tensor:  # the lowest byte first
-        parts = [octets[place] * 256**power for power, place in enumerate(places)]
-        return tf.add_n(parts)
-
-    def says(text: bytes, place: int = 0) -> tf.Tensor:
-        return tf.reduce_all(octets[place : place + len(text)] == tf.constant(list(text), tf.int64))
-
-    webp = says(b"RIFF") & says(b"WEBPVP8", 8)
-    vp8l = number(21, 22, 23, 24)
-    sizes = [  # whether it is one -> height, width
-        (says(b"\x89PNG\r\n\x1a\n"), number(23, 22, 21, 20), number(19, 18, 17, 16)),
-        (says(b"GIF8"), number(8, 9), number(6, 7)),
-        (says(b"BM"), tf.abs(number(22, 23, 24, 25)), number(18, 19, 20, 21)),
-        (webp & says(b" ", 15), number(28, 29) % 2**14, number(26, 27) % 2**14),
-        (webp & says(b"L", 15), 1 + vp8l // 2**14 % 2**14, 1 + vp8l % 2**14),
-        (webp & says(b"X", 15), 1 + number(27, 28, 29), 1 + number(24, 25, 26)),
-    ]
-    matches = tf.stack([match for match, _, _ in sizes])
+    filled = tf.strings.join([header, tf.constant(bytes(_HEADER_BYTES + 1))])
+    octets = tf.cast(tf.io.decode_raw(filled, tf.uint8)[: _HEADER_BYTES + 1], tf.int64)
+    magic, is_magic, places, divisor, modulus, addend = map(tf.constant, _HEADERS)
+    matches = tf.reduce_all((octets[:16] == magic) | ~is_magic, 1)
     with tf.control_dependencies([tf.debugging.Assert(tf.reduce_any(matches), [UNKNOWN_FORMAT])]):
         chosen = tf.argmax(tf.cast(matches, tf.int32))
-    return tf.cast(tf.stack([tf.stack(size) for _, *size in sizes])[chosen], tf.int32)
+    numbers = tf.reduce_sum(tf.gather(octets, places[chosen]) * 256 ** np.arange(4), 1)
+    return tf.cast(numbers // divisor[chosen] % modulus[chosen] + addend[chosen], tf.int32)
+
+
+def _headers() -> tuple[Any, ...]:
+    """By format: its first bytes, and where its height and width are, the lowest byte first.
+
+    Returns:
+        The bytes [F, 16] and which of them count; the places of the two numbers' bytes [F, 2, 4];
+        and by which a number is divided, then taken modulo, and what is added [F, 2].
+    """
+    zero = _HEADER_BYTES  # the place of a byte that is 0
+    webp, all_bits, low = b"RIFF????WEBPVP8", (1, 2**32, 0), (1, 2**14, 0)
+    table: list[tuple[bytes, tuple[int, ...], tuple[int, ...], tuple, tuple]] = [
+        (b"\x89PNG\r\n\x1a\n", (23, 22, 21, 20), (19, 18, 17, 16), all_bits, all_bits),
+        (b"GIF8", (8, 9), (6, 7), all_bits, all_bits),
+        (b"BM", (22, 23, 24, 25), (18, 19, 20, 21), all_bits, all_bits),
+        (webp + b" ", (28, 29), (26, 27), low, low),
+        (webp + b"L", (21, 22, 23, 24), (21, 22, 23, 24), (2**14, 2**14, 1), (1, 2**14, 1)),
+        (webp + b"X", (27, 28, 29), (24, 25, 26), (1, 2**24, 1), (1, 2**24, 1)),
+    ]
+    first = np.array([list(magic.ljust(16, b"?")) for magic, *_ in table])
+    places = [[(*place, zero, zero, zero)[:4] for place in row[1:3]] for row in table]
+    rules = np.array([row[3:] for row in table], np.int64)
+    return first, first != ord("?"), np.array(places), *np.moveaxis(rules, 2, 0)
+
+
+_HEADERS = _headers()
 
 
 def within(size: tf.Tensor, max_pixels: int) -> tf.Tensor:
