@@ -8,6 +8,15 @@ from jaxtyping import Array, Float, UInt8
 _PRECISION = jax.lax.Precision.HIGH  # levels are exact in bfloat16, weights are not
 
 
+def canvas_size(size: int) -> int:
+    """Side of the square in which a picture waits for the device, in pixels.
+
+    A crop of a 640 x 480 photograph fits in that of 224, so that it is decoded at full scale: at
+    reduced scale libjpeg's filter shows, and the more the nearer the crop is to the size.
+    """
+    return 2 * size + 64
+
+
 def crop_resize(
     image: UInt8[Array | np.ndarray, "B P Q 3"], box: Float[Array | np.ndarray, "B 4"], size: int
 ) -> UInt8[Array, "B size size 3"]:

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from clip_jax.resize import canvas_size
+
 UNKNOWN_FORMAT = "Unknown image file format"  # TensorFlow's own words
 _HEADER_BYTES = 32
 _SCALES = (2, 4, 8)  # denominators that libjpeg decodes at
@@ -112,15 +114,6 @@ def resize(pixels: tf.Tensor, size: int) -> tf.Tensor:
     """Antialiased bicubic interpolation to a square: uint8 [H, W, 3] -> uint8 [size, size, 3]."""
     resized = tf.image.resize(pixels, [size, size], tf.image.ResizeMethod.BICUBIC, antialias=True)
     return tf.ensure_shape(to_uint8(resized), [size, size, 3])
-
-
-def canvas_size(size: int) -> int:
-    """Side of the square in which a picture waits for the device, in pixels.
-
-    A crop of a 640 x 480 photograph fits in that of 224, so that it is decoded at full scale: at
-    reduced scale libjpeg's filter shows, and the more the nearer the crop is to the size.
-    """
-    return 2 * size + 64
 
 
 def decode_canvas(

@@ -22,6 +22,7 @@ from clip_jax.models.flops import training_flops
 from clip_jax.models.transformer import REMATS, Remat
 from clip_jax.optim import frozen_towers, learning_rate_schedule, make_optimizer
 from clip_jax.preprocess import Preprocess
+from clip_jax.resize import canvas_size
 from clip_jax.sharding import BATCH_SPEC, batch_divisor
 from clip_jax.training.gradients import make_gradients
 from clip_jax.training.state import AbstractModel, TrainState, abstract_model, abstract_state
@@ -117,7 +118,8 @@ def make_program(config: ConfigDict, mesh: Mesh, remat: Remat | None = None) -> 
         seed=config.seed,
     )
     flops = training_flops(model_config, frozen_towers(model.params, frozen))
-    batch = _abstract_batch(model_config, config.train.batch_size, mesh)
+    on_device = config.data.resize == "device"
+    batch = _abstract_batch(model_config, config.train.batch_size, mesh, on_device)
     return Program(
         model_config, preprocess, mesh, remat, model, optimizer, target, batch, step, flops
     )
@@ -206,12 +208,16 @@ def _check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
         )
 
 
-def _abstract_batch(config: CLIPConfig, batch_size: int, mesh: Mesh) -> Batch:
-    """As `sharding.shard_batch` makes it."""
+def _abstract_batch(config: CLIPConfig, batch_size: int, mesh: Mesh, on_device: bool) -> Batch:
+    """As `data.batches` and `sharding.shard_batch` make it; the device resizes, or the host has."""
     sharding, size = NamedSharding(mesh, BATCH_SPEC), config.vision.image_size
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
+
+    side = canvas_size(size) if on_device else size
     return Batch(
-        jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8, sharding=sharding),
-        jax.ShapeDtypeStruct(
-            (batch_size, config.text.context_length), jnp.int32, sharding=sharding
-        ),
+        rows(jnp.uint8, side, side, 3),
+        rows(jnp.int32, config.text.context_length),
+        rows(jnp.float32, 4) if on_device else None,
     )

@@ -1,10 +1,15 @@
 """The program that a config describes, and `train.remat = auto`."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clip_jax.data.batches import train_batches
+from clip_jax.data.order import Order
+from clip_jax.data.sources import open_mixture
 from clip_jax.errors import ConfigError, OutOfMemoryError
 from clip_jax.models.transformer import REMATS
 from clip_jax.sharding import make_mesh, shard_batch
@@ -52,6 +57,19 @@ def compiler(monkeypatch):
     monkeypatch.setattr(program_module.Program, "compile", lambda self: found.compile(self))
     monkeypatch.setattr(program_module, "peak_bytes", lambda program, _: PEAKS[program.remat])
     return found
+
+
+@pytest.mark.parametrize("resize", ["host", "device"])
+def test_the_batch_is_the_one_that_the_data_gives(config, mesh, resize):
+    config.data.resize = resize
+    program = make_program(config, mesh)
+    mixture = open_mixture(config.data.train, config.data)
+    order = Order.start(mixture, config.seed, config.data.streams, config.data.shuffle_bytes)
+    batches = train_batches(mixture, order, config, 32, program.architecture.text.context_length)
+    with contextlib.closing(batches):
+        found = shard_batch(next(batches).batch, mesh)
+    described = jax.tree.map(lambda array: (array.shape, array.dtype, array.sharding), found)
+    assert described == jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), program.batch)
 
 
 def test_a_batch_that_the_devices_cannot_share_out_is_refused(config):
