@@ -199,6 +199,7 @@ def test_chunks_bound_the_logits_of_a_single_device():
 @pytest.mark.slow
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.libtpu
 def test_a_pod_needs_no_memory_for_the_loss_and_sends_nothing_twice(v5e_pod, name, communication):
     rows, features = 32_768, 512
     mesh = jax.make_mesh((len(v5e_pod),), ("data",), (AxisType.Auto,), devices=v5e_pod)
