@@ -245,7 +245,8 @@ class Reader:
         with self._lock:
             while self._ahead and self._ahead[0].end.ticket <= behind:
                 self.place = self._ahead.popleft().end
-            if self._ahead and self._ahead[0].start.ticket <= behind:
+            # Only once one of its tickets is behind: the place must not tell how far ahead this is.
+            if self._ahead and self._ahead[0].start.ticket < behind:
                 start = self._ahead[0].start
                 self.place = start._replace(taken=behind - start.ticket)
         if len(missing):
