@@ -10,10 +10,10 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from clip_jax.data.batch import Batch
-from clip_jax.data.faults import INVALID_UTF8, LONG_CAPTION, Fault, Faults
+from clip_jax.data.faults import Faults
 from clip_jax.data.order import Order, Stream
 from clip_jax.data.prefetch import Prefetch
-from clip_jax.data.rows import LONGEST_CAPTION, Reader, RowFunction, usable_cores
+from clip_jax.data.rows import Reader, RowFunction, caption_text, usable_cores
 from clip_jax.data.source import Mixture
 from clip_jax.tokenizer import tokenize
 
@@ -153,15 +153,10 @@ class _Rows:
 
     def _repaired(self, caption: bytes, reader: Reader, ticket: int) -> str:
         """The caption as text; what had to be mended is counted."""
-        if len(caption) > LONGEST_CAPTION:
-            caption = caption[:LONGEST_CAPTION]
-            fault = Fault(LONG_CAPTION, f"cut to {LONGEST_CAPTION} bytes")
+        text, fault = caption_text(caption)
+        if fault is not None:
             self.faults.report(*reader.name(ticket), fault)
-        try:
-            return caption.decode()
-        except UnicodeDecodeError as error:
-            self.faults.report(*reader.name(ticket), Fault(INVALID_UTF8, str(error)))
-            return caption.decode(errors="replace")
+        return text
 
 
 def _with_tokens(taken: Any, context_length: int, faults: Faults) -> TrainBatch:

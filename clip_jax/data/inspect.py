@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from clip_jax.data import augment, command, images
-from clip_jax.data.faults import INVALID_UTF8, LONG_CAPTION, REPAIRED, Fault, Faults
-from clip_jax.data.rows import LONGEST_CAPTION, usable_cores
+from clip_jax.data.faults import REPAIRED, Faults
+from clip_jax.data.rows import LONGEST_CAPTION, caption_text, usable_cores
 from clip_jax.data.scan import scan
 from clip_jax.data.source import Features, Source
 from clip_jax.data.sources import open_source
@@ -64,7 +64,7 @@ def inspect(source: Source, max_pixels: int) -> tuple[dict[str, Any], list[Pictu
         if fault is not None:
             faults.report(shard, key, fault)
             continue
-        caption, repair = _text(values["caption"])
+        caption, repair = caption_text(values["caption"])
         if source.label_names is not None and not source.has_captions:
             caption = dict(enumerate(source.label_names)).get(int(caption), caption)
         if repair is not None:
@@ -112,15 +112,6 @@ def _decoded(features: Features, has_captions: bool, max_pixels: int) -> Feature
         "caption": tf.strings.substr(caption, 0, LONGEST_CAPTION + 1),
         "image": image,
     }
-
-
-def _text(caption: bytes) -> tuple[str, Fault | None]:
-    if len(caption) > LONGEST_CAPTION:
-        return caption.decode(errors="replace"), Fault(LONG_CAPTION, "training cuts it")
-    try:
-        return caption.decode(), None
-    except UnicodeDecodeError as error:
-        return caption.decode(errors="replace"), Fault(INVALID_UTF8, str(error))
 
 
 def draw_sheet(pictures: Iterable[Picture], path: epath.PathLike) -> None:

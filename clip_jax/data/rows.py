@@ -22,6 +22,17 @@ from clip_jax.errors import DataError
 LONGEST_CAPTION = 1 << 14  # bytes; the context holds far fewer
 
 
+def caption_text(caption: bytes) -> tuple[str, Fault | None]:
+    """The caption as text, cut to the limit; and what had to be mended."""
+    if len(caption) > LONGEST_CAPTION:
+        fault = Fault(faults.LONG_CAPTION, f"cut to {LONGEST_CAPTION} bytes")
+        return caption[:LONGEST_CAPTION].decode(errors="replace"), fault
+    try:
+        return caption.decode(), None
+    except UnicodeDecodeError as error:
+        return caption.decode(errors="replace"), Fault(faults.INVALID_UTF8, str(error))
+
+
 class RowFunction:
     """A record's fields and draws -> the row of a batch: what TensorFlow does to a record.
 
