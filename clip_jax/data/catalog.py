@@ -5,9 +5,10 @@ from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils import epath
 
 from clip_jax.data import glyphs
-from clip_jax.data.shards import STRING, record_reader
+from clip_jax.data.shards import STRING, record_reader, weighted
 from clip_jax.data.source import Features, Source
 from clip_jax.errors import DataError
 
@@ -34,14 +35,7 @@ def open_tfds(
     if not split:
         raise DataError(f"{spec!r} names no split; write tfds:{name}:train")
     builder = _builder(spec, name, data_dir)
-    try:
-        instructions = builder.info.splits[split].file_instructions
-    except (KeyError, ValueError) as error:
-        splits = ", ".join(builder.info.splits)
-        raise DataError(f"{name} has the splits {splits}: {error}") from error
-    if not instructions:
-        raise DataError(f"{spec!r} holds no example")
-
+    instructions = read_instructions(builder, split, repr(spec))
     features = builder.info.features
     image = image or "image"
     if not isinstance(dict(features.items()).get(image), tfds.features.Image):
@@ -58,16 +52,9 @@ def open_tfds(
 
     def parse(fields: Features) -> Features:
         example = features.deserialize_example(fields["record"], decoders=decoders)
-        texts = [_strings(example, field) for field in captions]
-        weights = [
-            tf.fill([tf.size(strings)], probability / tf.cast(tf.size(strings), tf.float32))
-            for strings, probability in zip(texts, captions.values(), strict=True)
-        ]
-        parsed = {
-            "image": example[image],
-            "captions": tf.concat([tf.constant([], tf.string), *texts], 0),
-            "weights": tf.concat([tf.constant([], tf.float32), *weights], 0),
-        }
+        parsed = {"image": example[image]} | weighted(
+            [(_strings(example, field), probability) for field, probability in captions.items()]
+        )
         return parsed | ({"label": example["label"]} if "label" in example else {})
 
     label = dict(features.items()).get("label")
@@ -85,12 +72,32 @@ def open_tfds(
     )
 
 
+def make_builder(name: str, data_dir: epath.PathLike) -> tfds.core.DatasetBuilder:
+    """TFDS's builder of a data set, or ours of the glyphs, which prepares them."""
+    if name == "glyphs":
+        return glyphs.prepare(data_dir)
+    return tfds.builder(name, data_dir=data_dir)
+
+
+def read_instructions(builder: tfds.core.DatasetBuilder, split: str, where: str) -> list[Any]:
+    """The shards of a split and what to read of each.
+
+    Raises:
+        DataError: no such split of what is there at `where`, or an empty one.
+    """
+    try:
+        instructions = builder.info.splits[split].file_instructions
+    except (KeyError, ValueError) as error:
+        splits = ", ".join(builder.info.splits)
+        raise DataError(f"{where} has the splits {splits}: {error}") from error
+    if not instructions:
+        raise DataError(f"{where} holds no example in {split!r}")
+    return instructions
+
+
 def _builder(spec: str, name: str, data_dir: str | None) -> tfds.core.DatasetBuilder:
     try:
-        if name == "glyphs":
-            builder = glyphs.prepare(data_dir or tfds.core.constants.DATA_DIR)
-        else:
-            builder = tfds.builder(name, data_dir=data_dir)
+        builder = make_builder(name, data_dir or tfds.core.constants.DATA_DIR)
     except tfds.core.DatasetNotFoundError as error:  # its message lists all of the catalogue
         where = data_dir or tfds.core.constants.DATA_DIR
         raise DataError(f"TFDS knows no data set {name!r}, nor is there one in {where}") from error

@@ -9,7 +9,12 @@ from typing import Any
 import tensorflow as tf
 
 from clip_jax.data.paths import is_folder, join, list_folder
-from clip_jax.data.shards import CAPTIONS, IMAGE_EXTENSIONS, STRING, caption_strings
+from clip_jax.data.shards import (
+    IMAGE_EXTENSIONS,
+    caption_fields,
+    caption_strings,
+    pair_fields,
+)
 from clip_jax.data.source import Features, Record, Source
 from clip_jax.errors import DataError
 
@@ -98,11 +103,7 @@ def open_folder(spec: str, folder: str) -> Source:
         )
     if not classes or any(map(any, texts)):
         return _of_files(spec, paths, texts, (1.0,), None, None, captions_are_paths=True)
-    names = sorted(set(labels))
-    number = {name: i for i, name in enumerate(names)}
-    return _of_files(
-        spec, paths, [[]] * len(paths), (), [number[label] for label in labels], tuple(names)
-    )
+    return _of_files(spec, paths, [[]] * len(paths), (), *_by_name(labels))
 
 
 def _pictures(names: Sequence[str]) -> list[str]:
@@ -141,9 +142,14 @@ def _numbered(labels: Sequence[Any]) -> tuple[list[int] | None, tuple[str, ...] 
     try:
         return [int(label) for label in labels], None
     except (TypeError, ValueError):
-        names = sorted({str(label) for label in labels})
-        number = {name: i for i, name in enumerate(names)}
-        return [number[str(label)] for label in labels], tuple(names)
+        return _by_name([str(label) for label in labels])
+
+
+def _by_name(labels: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
+    """The labels' numbers among their sorted names."""
+    names = sorted(set(labels))
+    number = {name: i for i, name in enumerate(names)}
+    return [number[label] for label in labels], tuple(names)
 
 
 def _of_files(
@@ -161,10 +167,8 @@ def _of_files(
         del index
         if offset:
             return
-        fields: dict[str, Any] = {"path": pictures[shard].encode(), "captions": [], "weights": []}
-        for strings, probability in zip(texts[shard], probabilities, strict=False):
-            fields["captions"] += strings
-            fields["weights"] += [probability / max(len(strings), 1)] * len(strings)
+        fields: dict[str, Any] = {"path": pictures[shard].encode()}
+        fields |= caption_fields(zip(texts[shard], probabilities, strict=False))
         if labels is not None:
             fields["label"] = labels[shard]
         yield Record("", 1, fields, _NOMINAL)
@@ -184,9 +188,7 @@ def _of_files(
         spec=spec,
         shards=pictures,
         read=read,
-        fields={"path": STRING}
-        | CAPTIONS
-        | ({} if labels is None else {"label": tf.TensorSpec([], tf.int64)}),
+        fields=pair_fields("path", labels is not None),
         parse=parse,
         has_captions=any(map(any, texts)),
         label_names=label_names,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from clip_jax.data import glyphs
+from clip_jax.data.catalog import make_builder, read_instructions
 from clip_jax.data.labelled import Example, Labelled
 from clip_jax.errors import DataError
 
@@ -77,23 +77,14 @@ def open_tfds(name: str, split: str, data_dir: str | None, labels: str = "") -> 
     """
     directory = data_dir or os.fspath(tfds.core.constants.DATA_DIR)
     try:
-        if name == "glyphs":
-            builder = glyphs.prepare(directory)
-        else:
-            builder = tfds.builder(name, data_dir=directory)
+        builder = make_builder(name, directory)
     except tfds.core.DatasetNotFoundError:
         return None
     except ValueError as error:
         raise DataError(f"{name}: {error}") from error
     if not builder.is_prepared():
         return None
-    try:
-        instructions = builder.info.splits[split].file_instructions
-    except (KeyError, ValueError) as error:
-        splits = ", ".join(builder.info.splits)
-        raise DataError(f"{name} in {directory} has the splits {splits}: {error}") from error
-    if not instructions:
-        raise DataError(f"{name} in {directory} has no example in {split!r}")
+    read_instructions(builder, split, f"{name} in {directory}")  # refuses what is not there
     features = dict(builder.info.features.items())
     take, names = _DERIVED.get(labels, (_plain, None))
     if names is None:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -21,10 +21,25 @@ _GROUP = 64  # ArrayRecord: records of one read
 _LOOKED_AT = 8  # records of a source, to see what it holds
 
 STRING = tf.TensorSpec([], tf.string)
-CAPTIONS = {
-    "captions": tf.TensorSpec([None], tf.string),
-    "weights": tf.TensorSpec([None], tf.float32),
-}
+
+
+def pair_fields(picture: str, labels: bool) -> dict[str, tf.TensorSpec]:
+    """`Source.fields`: the picture under this name, its captions, and its label if it has one."""
+    captions = {
+        "captions": tf.TensorSpec([None], tf.string),
+        "weights": tf.TensorSpec([None], tf.float32),
+    }
+    label = {"label": tf.TensorSpec([], tf.int64)} if labels else {}
+    return {picture: STRING} | captions | label
+
+
+def caption_fields(captions: Iterable[tuple[Sequence[bytes], float]]) -> dict[str, list[Any]]:
+    """What a record has as `captions` and `weights`: those of a field share its probability."""
+    texts, weights = list[bytes](), list[float]()
+    for strings, probability in captions:
+        texts += strings
+        weights += [probability / max(len(strings), 1)] * len(strings)
+    return {"captions": texts, "weights": weights}
 
 
 def open_tars(
@@ -66,9 +81,7 @@ def open_tars(
         spec=spec,
         shards=paths,
         read=read,
-        fields={"image": STRING}
-        | CAPTIONS
-        | ({"label": tf.TensorSpec([], tf.int64)} if label else {}),
+        fields=pair_fields("image", label is not None),
         parse=dict,
         has_captions=any(field.partition("/")[0] in found for field in captions),
         label_names=_class_names(paths[0]) if label else None,
@@ -84,12 +97,9 @@ def _from_sample(
     if image is None:
         fault = Fault(MISSING_IMAGE, f"no {', '.join(images)}, {_has(sample.files)}"[:200])
         return Record(sample.key, sample.end, {}, fault=fault)
-    fields: dict[str, Any] = {"image": image, "captions": [], "weights": []}
+    fields: dict[str, Any] = {"image": image}
     try:
-        for field, probability in captions.items():
-            texts = _texts(sample.files, field)
-            fields["captions"] += texts
-            fields["weights"] += [probability / max(len(texts), 1)] * len(texts)
+        fields |= caption_fields((_texts(sample.files, name), p) for name, p in captions.items())
         if label:
             fields["label"] = int(sample.files[label])
     except (ValueError, KeyError, RecursionError) as error:
@@ -173,7 +183,7 @@ def open_examples(
         if label:
             features[label] = tf.io.FixedLenFeature([], tf.int64)
         values = tf.io.parse_single_example(fields["record"], features)
-        parsed = {"image": _first(values[chosen])} | _weighted(
+        parsed = {"image": _first(values[chosen])} | weighted(
             [(values[field], probability) for field, probability in captions.items()]
         )
         return parsed | ({"label": values[label]} if label else {})
@@ -194,16 +204,16 @@ def _first(strings: tf.Tensor) -> tf.Tensor:
     return tf.concat([strings, [""]], 0)[0]
 
 
-def _weighted(captions: Sequence[tuple[tf.Tensor, float]]) -> Features:
-    """Strings [K] of each field, whose probability they share."""
+def weighted(captions: Sequence[tuple[tf.Tensor, float]]) -> Features:
+    """`caption_fields` in TensorFlow, of strings [K] each."""
     counts = [tf.size(texts) for texts, _ in captions]
     weights = [
         tf.repeat(probability / tf.cast(tf.maximum(count, 1), tf.float32), count)
         for count, (_, probability) in zip(counts, captions, strict=True)
     ]
     return {
-        "captions": tf.concat([texts for texts, _ in captions], 0),
-        "weights": tf.concat(weights, 0),
+        "captions": tf.concat([tf.constant([], tf.string), *(texts for texts, _ in captions)], 0),
+        "weights": tf.concat([tf.constant([], tf.float32), *weights], 0),
     }
 
 
