@@ -37,6 +37,8 @@ class ViTConfig:
         patch_bias: the patches are embedded with a bias.
         projection: a matrix leads from the width to the embedding; without it they are equal.
         patch_dropout: the share of the patches that training drops, at random, for each image anew.
+        margin: an image may be larger than its patches together: what lies right of and below the
+            last whole ones is left out, as a convolution does (SigLIP so400m/14 at 384 pixels).
     """
 
     image_size: int
@@ -53,6 +55,7 @@ class ViTConfig:
     projection: bool = True
     norm_epsilon: float = 1e-5
     patch_dropout: float = 0.0
+    margin: bool = False
     tower: Literal["vit"] = "vit"
 
     @property
@@ -170,6 +173,8 @@ class VisionTransformer(nnx.Module):
     ) -> Float[Array, "B N D"]:
         """Every token after `layer` blocks; see `CLIP.encode_image`."""
         p, images_BHWC = self.config.patch_size, check_images(images_BHWC, self.config.image_size)
+        covered = self.config.image_size // p * p
+        images_BHWC = images_BHWC[:, :covered, :covered]
         patches_BNP = rearrange(images_BHWC, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         positions_ND = self.position_embedding.astype(self.dtype)
         first = int(self.config.class_token)
@@ -213,7 +218,9 @@ def drop_patches(
 
 
 def _check(config: ViTConfig, embed_dim: int) -> None:
-    if config.image_size % config.patch_size:
+    if config.image_size < config.patch_size or (
+        config.image_size % config.patch_size and not config.margin
+    ):
         raise ConfigError(
             f"patches of {config.patch_size} pixels do not divide an image of "
             f"{config.image_size} pixels"

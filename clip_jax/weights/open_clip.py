@@ -68,7 +68,7 @@ TIMM_RESOLUTIONS = {  # that timm has a name for
     ("base", 32): (256,),
     ("base", 16): (224, 256, 384, 512),
     ("large", 16): (256, 384, 512),
-    ("so400m", 14): (224, 378),
+    ("so400m", 14): (224, 378, 384),
     ("so400m", 16): (256, 384, 512),
     ("giantopt", 16): (256, 384),
 }
@@ -148,9 +148,11 @@ def _vision_config(section: Reader, quick: bool, where: str) -> ViTConfig | ResN
         raise WeightsError(
             f"{where}: this program pools the class token, or the mean before the last norm"
         )
+    patch_size = square(section.take("patch_size", 16), where)
     config = ViTConfig(
         image_size=image_size,
-        patch_size=square(section.take("patch_size", 16), where),
+        patch_size=patch_size,
+        margin=image_size % patch_size > 0,
         width=width,
         layers=layers,
         heads=width // head_width,
@@ -189,9 +191,11 @@ def _timm_config(values: Mapping[str, Any], where: str) -> ViTConfig:
         timm_drop_path=...,
         image_size=int(match[3]),
     )
+    image_size, patch_size = int(match[3]), int(match[2])
     return ViTConfig(
-        image_size=int(match[3]),
-        patch_size=int(match[2]),
+        image_size=image_size,
+        patch_size=patch_size,
+        margin=image_size % patch_size > 0,
         width=width,
         layers=layers,
         heads=heads,

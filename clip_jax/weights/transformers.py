@@ -156,9 +156,11 @@ def read_config(values: Any, where: str) -> tuple[CLIPConfig, str]:
             "norm_epsilon": section["layer_norm_eps"],
         }
 
+    image_size, patch_size = (square(vision[key], where) for key in ("image_size", "patch_size"))
     vision_config = ViTConfig(
-        image_size=square(vision["image_size"], where),
-        patch_size=square(vision["patch_size"], where),
+        image_size=image_size,
+        patch_size=patch_size,
+        margin=image_size % patch_size > 0,
         **common(vision, "vision_config"),
         **_SIGLIP_VISION if siglip else {},
     )

@@ -270,6 +270,7 @@ def test_images_of_another_size_and_texts_too_long_are_refused_with_both_sizes()
         ("vision", {"patch_dropout": 1.0}, "patch_dropout=1.0: expected a share"),
         ("text", {"projection": False}, "expected embed_dim 16, got 24"),
         ("vision", {"patch_size": 5}, "patches of 5 pixels do not divide an image of 16"),
+        ("vision", {"patch_size": 17, "margin": True}, "patches of 17 pixels do not divide"),
         ("vision", {"heads": 5}, "5 heads do not divide the width 32"),
         ("text", {"heads": 3}, "3 heads do not divide the width 16"),
     ],

@@ -171,7 +171,8 @@ def test_a_torchscript_archive_is_read_without_running_it(name, tmp_path, monkey
 
 def transformers_model(name):
     common = {"num_hidden_layers": 2, "intermediate_size": 96, "hidden_size": 48}
-    vision = common | {"num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+    image_size = 38 if name == "siglip with a margin" else 32
+    vision = common | {"num_attention_heads": 3, "image_size": image_size, "patch_size": 8}
     text = common | {"num_attention_heads": 4, "max_position_embeddings": 8, "vocab_size": 60}
     special = {"bos_token_id": 1, "eos_token_id": 59, "pad_token_id": 59}
     torch.manual_seed(0)
@@ -186,7 +187,7 @@ def transformers_model(name):
     return perturbed(transformers.SiglipModel(config))
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip with a margin"])
 @pytest.mark.parametrize("shards", [False, True])
 def test_transformers_folders(name, shards, tmp_path):
     model = transformers_model(name)
@@ -213,7 +214,7 @@ def l2(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip with a margin"])
 def test_transformers_loads_what_convert_writes_without_a_word(name, tmp_path, caplog):
     model = transformers_model(name)
     model.save_pretrained(tmp_path / "source")
