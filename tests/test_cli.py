@@ -65,6 +65,15 @@ def figures(output):
     return re.findall(r"^(glyphs/\S+)\s+([\d.]+) %$", output, re.MULTILINE)
 
 
+def evaluated(directory, data_dir, *arguments):
+    """What clip_jax.eval says of the run in `whole`, and the rows that it leaves."""
+    results = directory / "results"
+    model, data = f"--model={directory / 'whole'}", f"--data_dir={data_dir}"
+    output = finished(command("-m", "clip_jax.eval", model, data, f"--out={results}", *arguments))
+    lines = (results / "results.json").read_text().splitlines()
+    return output, [json.loads(line) for line in lines]
+
+
 @pytest.mark.slow
 def test_the_quickstart_killed_at_a_random_moment_ends_with_the_same_figures(tmp_path, data_dir):
     whole = finished(quickstart(tmp_path / "whole", data_dir))
@@ -84,24 +93,18 @@ def test_the_quickstart_killed_at_a_random_moment_ends_with_the_same_figures(tmp
     process.communicate()
     assert figures(finished(quickstart(tmp_path / "killed", data_dir))) == figures(whole)
 
-    results = tmp_path / "results"
-    output = finished(
-        command(
-            "-m",
-            "clip_jax.eval",
-            f"--model={tmp_path / 'whole'}",
-            "--dataset=glyphs",
-            f"--data_dir={data_dir}",
-            f"--out={results}",
-        )
-    )
-    lines = (results / "results.json").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    output, rows = evaluated(tmp_path, data_dir, "--dataset=glyphs")
     assert {row["task"] for row in rows} == {"zeroshot_classification", "zeroshot_retrieval"}
     assert set(rows[0]) == {"dataset", "model", "pretrained", "task", "metrics", "language"}
     found = {f"glyphs/{k}": f"{100 * v:.2f}" for row in rows for k, v in row["metrics"].items()}
     assert found == {k: f"{float(v):.2f}" for k, v in figures(whole)}
     assert "acc1" in output
+
+    tasks = "--task=zero_shot,linear_probe,few_shot"
+    output, rows = evaluated(tmp_path, data_dir, "--dataset=glyph_faces", tasks)
+    faces = {row["task"]: row["metrics"] for row in rows if row["dataset"] == "glyph_faces"}
+    assert set(faces) == {"zeroshot_classification", "linear_probe", "few_shot"}
+    assert faces["linear_probe"]["lp_acc1"] > faces["zeroshot_classification"]["acc1"] > 1 / 16
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 Some of the paper's labels are not in TFDS and are derived from what is: how many objects a picture
 shows (CLEVR), how far the next vehicle is (KITTI), which classes it shows and for which it does not
-count (VOC). A video stands for its middle frame (UCF101).
+count (VOC). A video stands for its middle frame (UCF101). So is the face of a glyph.
 """
 
 import os
@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from clip_jax.data.catalog import make_builder, read_instructions
+from clip_jax.data.glyphs import FACES
 from clip_jax.data.labelled import Example, Labelled
 from clip_jax.errors import DataError
 
@@ -52,6 +53,11 @@ def _middle_frame(example: Mapping[str, Any], features: Mapping[str, Any]) -> tu
     return frames[len(frames) // 2], int(example["label"])
 
 
+def _face(example: Mapping[str, Any], features: Mapping[str, Any]) -> tuple[bytes, Any]:
+    del features
+    return example["image"], tuple(FACES).index(example["face"].decode())
+
+
 # How labels are derived -> (example, features) -> (picture, label), and the labels' names; None:
 # those of TFDS.
 _DERIVED: Mapping[str, tuple[Callable[..., tuple[bytes, Any]], tuple[str, ...] | None]] = {
@@ -59,6 +65,7 @@ _DERIVED: Mapping[str, tuple[Callable[..., tuple[bytes, Any]], tuple[str, ...] |
     "closest_vehicle_distance": (_closest_vehicle_distance, ("0", "1", "2", "3")),
     "count_objects": (_count_objects, tuple(str(count) for count in _COUNTS)),
     "middle_frame": (_middle_frame, None),
+    "face": (_face, tuple(FACES)),
 }
 
 
@@ -69,8 +76,8 @@ def open_tfds(name: str, split: str, data_dir: str | None, labels: str = "") -> 
         name: with its config, such as "voc/2007"; "glyphs" is made on the spot.
         split: in TFDS's notation, such as "train[:2000]".
         data_dir: None: TFDS's own default.
-        labels: how they are derived: "voc", "closest_vehicle_distance", "count_objects" or
-            "middle_frame"; "": they are the feature `label`.
+        labels: how they are derived: "voc", "closest_vehicle_distance", "count_objects",
+            "middle_frame" or "face"; "": they are the feature `label`.
 
     Raises:
         DataError: prepared, but without this split or without a picture.

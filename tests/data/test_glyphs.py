@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from clip_jax.data import glyphs
+from clip_jax.data.labelled_tfds import open_tfds
 
 MARGIN = (glyphs.SIZE - glyphs.INK) // 2
 
@@ -47,6 +48,17 @@ def examples(builder):
 @pytest.fixture(scope="session")
 def names(builder):
     return builder.info.features["label"].names
+
+
+def test_a_face_can_be_the_label(builder):
+    source = open_tfds("glyphs", "test[:300]", builder.data_dir_root, "face")
+    assert source.label_names == tuple(glyphs.FACES)
+    found = list(source.examples())
+    assert len({example.label for example in found}) == len(glyphs.FACES)
+    for example in found:
+        (caption,) = example.captions  # "sans mono ..." begins with "sans", too: the longest is it
+        fitting = [face for face in glyphs.FACES if caption.startswith(f"{face} ")]
+        assert source.label_names[example.label] == max(fitting, key=len)
 
 
 def test_counts(builder, examples, names):
