@@ -60,41 +60,51 @@ def _rank(
     per_device = min(max(_SCORES // len(items), 1), -(-len(queries) // devices))
     size = per_device * devices
     everywhere = NamedSharding(mesh, PartitionSpec())
-    on_all, groups = (
-        jax.make_array_from_process_local_data(everywhere, array, array.shape)
-        for array in (items, item_group.astype(np.int32))
-    )
+    on_all = jax.make_array_from_process_local_data(everywhere, items, items.shape)
+    own_items = _own_items(query_group, item_group)
     own = slice(host * size // hosts, (host + 1) * size // hosts)
     found = []
     for start in range(0, len(queries), size):
-        block = queries[start : start + size]
-        padding = size - len(block)
-        rows = np.pad(block, ((0, padding), (0, 0)))[own]
-        group = np.pad(query_group[start : start + size], (0, padding), constant_values=-1)
-        group = group.astype(np.int32)[own]
-        counts = _counts(shard_batch(rows, mesh), on_all, shard_batch(group, mesh), groups, mesh)
-        found.append((len(block), counts))  # fetched at the end, so that no device waits
+        padding = ((0, size - len(queries[start : start + size])), (0, 0))
+        rows, wanted = (
+            shard_batch(np.pad(array[start : start + size], padding)[own], mesh)
+            for array in (queries, own_items)
+        )
+        counts = _counts(rows, on_all, wanted, mesh)
+        found.append((size - padding[0][1], counts))  # fetched at the end: no device waits
     parts = [[np.asarray(each)[:length] for each in counts] for length, counts in found]
     higher, tied, own_tied = (np.concatenate(part) for part in zip(*parts, strict=True))
     return higher, tied, own_tied
+
+
+def _own_items(query_group: np.ndarray, item_group: np.ndarray) -> Int[np.ndarray, "Q K"]:
+    """The items of each query's group, -1 behind the last where others have more."""
+    order = np.argsort(item_group, kind="stable")
+    first = np.searchsorted(item_group[order], query_group, "left")
+    end = np.searchsorted(item_group[order], query_group, "right")
+    places = first[:, None] + np.arange(np.max(end - first))
+    inside = places < end[:, None]
+    return np.where(inside, order[np.minimum(places, len(order) - 1)], -1).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _counts(
     queries: Float[Array, "b E"],
     items: Float[Array, "M E"],
-    query_group: Int[Array, " b"],
-    item_group: Int[Array, " M"],
+    own_items: Int[Array, "b K"],
     mesh: Mesh,
 ) -> tuple[Int[Array, " b"], Int[Array, " b"], Int[Array, " b"]]:
     """Others' items above the best own one, others' that tie with it, own ones that do."""
     scores = jnp.matmul(queries, items.T, precision=jax.lax.Precision.HIGHEST)
-    own = query_group[:, None] == item_group[None]
-    best = jnp.max(jnp.where(own, scores, -jnp.inf), axis=1, keepdims=True)
+    # Gathered, not masked: no pass over all scores asks whose an item is.
+    own = jnp.take_along_axis(scores, own_items, axis=1)
+    own = jnp.where(own_items >= 0, own, -jnp.inf)
+    best = jnp.max(own, axis=1, keepdims=True)
+    own_tied = jnp.sum(own == best, axis=1)
     counts = (
-        jnp.sum(~own & (scores > best), axis=1),
-        jnp.sum(~own & (scores == best), axis=1),
-        jnp.sum(own & (scores == best), axis=1),
+        jnp.sum(scores > best, axis=1),
+        jnp.sum(scores == best, axis=1) - own_tied,
+        own_tied,
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, everywhere), counts)
