@@ -51,7 +51,7 @@ def names(builder):
 
 
 def test_a_face_can_be_the_label(builder):
-    source = open_tfds("glyphs", "test[:300]", builder.data_dir_root, "face")
+    source = open_tfds("glyphs", "test[:300]", str(builder.data_dir_root), "face")
     assert source.label_names == tuple(glyphs.FACES)
     found = list(source.examples())
     assert len({example.label for example in found}) == len(glyphs.FACES)
