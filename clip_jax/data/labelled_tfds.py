@@ -2,7 +2,7 @@
 
 Some of the paper's labels are not in TFDS and are derived from what is: how many objects a picture
 shows (CLEVR), how far the next vehicle is (KITTI), which classes it shows and for which it does not
-count (VOC). A video stands for its middle frame (UCF101). So is the face of a glyph.
+count (VOC). A video stands for its middle frame (UCF101). A glyph has its face as a second label.
 """
 
 import os
@@ -21,6 +21,7 @@ from clip_jax.errors import DataError
 _DISTANCES = (8.0, 20.0, 999.0)
 _VEHICLES = ("Car", "Van", "Truck")
 _COUNTS = range(3, 11)  # of objects in a picture of CLEVR
+_FACES = tuple(FACES)
 
 
 def _voc(example: Mapping[str, Any], features: Mapping[str, Any]) -> tuple[bytes, Any]:
@@ -55,7 +56,7 @@ def _middle_frame(example: Mapping[str, Any], features: Mapping[str, Any]) -> tu
 
 def _face(example: Mapping[str, Any], features: Mapping[str, Any]) -> tuple[bytes, Any]:
     del features
-    return example["image"], tuple(FACES).index(example["face"].decode())
+    return example["image"], _FACES.index(example["face"].decode())
 
 
 # How labels are derived -> (example, features) -> (picture, label), and the labels' names; None:
@@ -65,7 +66,7 @@ _DERIVED: Mapping[str, tuple[Callable[..., tuple[bytes, Any]], tuple[str, ...] |
     "closest_vehicle_distance": (_closest_vehicle_distance, ("0", "1", "2", "3")),
     "count_objects": (_count_objects, tuple(str(count) for count in _COUNTS)),
     "middle_frame": (_middle_frame, None),
-    "face": (_face, tuple(FACES)),
+    "face": (_face, _FACES),
 }
 
 
