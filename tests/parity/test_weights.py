@@ -231,6 +231,16 @@ def test_transformers_loads_what_convert_writes_without_a_word(name, tmp_path, c
     assert all(torch.equal(tensor, state[key]) for key, tensor in again.state_dict().items())
 
 
+def test_pixels_beyond_the_last_patch_are_left_out_as_by_open_clip(tmp_path):
+    config = SMALL["vit"] | {"vision_cfg": SMALL["vit"]["vision_cfg"] | {"image_size": 38}}
+    model = their_model(config)
+    save_open_clip(tmp_path, config, model, "safetensors")
+    ours, preprocess = clip_jax.load(tmp_path)
+    assert preprocess.size == ours.config.vision.image_size == 38
+    assert 38 % ours.config.vision.patch_size
+    assert_agrees(ours, model)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_open_clip_loads_what_convert_writes(name, tmp_path):
     model = their_model(SMALL[name])
