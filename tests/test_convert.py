@@ -14,6 +14,7 @@ from clip_jax.errors import CheckpointError, WeightsError
 from clip_jax.loading import read_weights
 from clip_jax.models import model_config
 from clip_jax.weights import open_clip, transformers
+from clip_jax.weights.source import abstract_model
 from tests.test_loading import workdir
 from tests.weights.small import MEAN_POOLED, RESNET, SIGLIP, VIT, assert_same_arrays
 
@@ -95,6 +96,17 @@ def test_open_clip_knows_the_zoos_siglip_but_for_its_gelu():
     values, _ = open_clip.write_config(exact, transformers.default_preprocess(224, "siglip"))
     assert values["model_cfg"]["vision_cfg"]["timm_model_name"] == "vit_base_patch16_siglip_224"
     assert open_clip.read_config(values, "a")[0] == exact
+
+
+def test_timms_so400m_at_384_pixels_leaves_out_six_of_them():
+    name = "vit_so400m_patch14_siglip_384"
+    vision = {"timm_model_name": name, "image_size": 384, "timm_pool": "map", "timm_proj": "none"}
+    model = {"embed_dim": 1152, "vision_cfg": vision, "text_cfg": {"width": 1152, "heads": 16}}
+    config, preprocess, _ = open_clip.read_config({"model_cfg": model}, "a")
+    assert preprocess.size == 384
+    assert config.vision.tokens == 27**2
+    assert open_clip.timm_name(config.vision) == name
+    abstract_model(config)  # it can be made
 
 
 def test_a_target_that_is_not_empty_is_left_alone(tmp_path):
