@@ -1,15 +1,16 @@
 """Files of arrays: safetensors, NumPy archives and torch's, told apart by their first bytes.
 
-Weights are data: nothing here runs what a file says. An array is read when it is asked for, by
-plain reads, so that memory holds what was asked for and no mapped file besides.
+Weights are data: nothing here runs what a file says. An array is read when it is asked for, and
+memory holds no more of the file than that.
 """
 
 import json
+import mmap
 import struct
 import zipfile
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -52,29 +53,67 @@ def open_safetensors(paths: Sequence[Path]) -> Tensors:
     """Opens one safetensors file, or the shards of one model.
 
     Raises:
-        WeightsError: truncated, or a header that does not describe the file.
+        WeightsError: truncated, a header that does not describe the file, or a type of numbers that
+            weights do not have.
     """
-    shapes: dict[str, Shape] = {}
-    files: dict[str, Any] = {}
+    places: dict[str, tuple[mmap.mmap, np.ndarray]] = {}
     for path in paths:
-        try:
-            # By reads, not by mapping: the pages of a mapped file count as memory in use.
-            file = safe_open(path, framework="numpy", backend="pread")
-            for name in file.keys():  # noqa: SIM118 (no mapping: it has no other iterator)
-                if name in files:
-                    raise WeightsError(f"{path} holds {name}, which another shard holds, too")
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-                files[name] = file
-        except SafetensorError as error:
-            raise WeightsError(
-                f"{path} is damaged ({error}): its header and its length do not agree; "
-                "fetch it again"
-            ) from error
+        pages, arrays = _map_safetensors(path)
+        if twice := sorted(places.keys() & arrays.keys()):
+            raise WeightsError(f"{path} holds {twice[0]}, which another shard holds, too")
+        places |= {name: (pages, array) for name, array in arrays.items()}
 
     def read(name: str) -> np.ndarray:
-        return files[name].get_tensor(name)
+        pages, array = places[name]
+        # Pages of a mapped file count as memory in use: let go of what was read before. Where
+        # another thread still reads, they come back.
+        pages.madvise(mmap.MADV_DONTNEED)
+        return array
 
-    return Tensors(_joined(paths), shapes, read)
+    return Tensors(_joined(paths), {name: a.shape for name, (_, a) in places.items()}, read)
+
+
+def _map_safetensors(path: Path) -> tuple[mmap.mmap, dict[str, np.ndarray]]:
+    """A file's pages and the arrays that lie in them: nothing is copied, nothing read before it is
+    touched. `safetensors` copies each array into new memory, which takes longer than all else."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # its header is sound, and agrees with the file's length
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{path} is damaged ({error}): its header and its length do not agree; fetch it again"
+        ) from error
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    arrays = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        shape, dtype, (begin, _) = entry["shape"], entry["dtype"], entry["data_offsets"]
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise WeightsError(
+                f"{path}: {name} has numbers of type {dtype}, expected one of "
+                f"{', '.join(_SAFETENSORS_DTYPES)}"
+            )
+        flat = np.frombuffer(pages, _SAFETENSORS_DTYPES[dtype], prod(shape), 8 + length + begin)
+        arrays[name] = flat.reshape(shape)
+    return pages, arrays
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 
 
 def open_shards(index: Path) -> Tensors:

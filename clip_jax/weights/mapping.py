@@ -11,6 +11,7 @@ import dataclasses
 import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import NamedTuple
 
@@ -162,7 +163,7 @@ _AXIS = re.compile(r"\(([^)]*)\)|(\S+)")
 def read(
     entries: Sequence[Entry], tensors: Tensors, ignored: Sequence[str] = ()
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads a file array by array: at no time is more in memory than the result and one array.
+    """Reads a file, a few arrays at a time: no more is in memory than the result and those few.
 
     Args:
         entries: from `plan`.
@@ -176,7 +177,8 @@ def read(
         WeightsError: entries that are missing, unexpected or mis-shaped, all of them.
     """
     _check(entries, tensors, ignored)
-    for group in _by_paths(entries).values():
+
+    def filled(group: list[Entry]) -> list[tuple[str, np.ndarray]]:
         arrays: list[np.ndarray] = []
         for entry in group:
             tensor = np.asarray(tensors.read(entry.name)).reshape(entry.shape)
@@ -188,12 +190,25 @@ def read(
                 arrays = [_empty(stack + part.shape) for part in parts]
             for array, part in zip(arrays, parts, strict=True):
                 _copy(part, array if entry.layer is None else array[entry.layer, ...])
-        yield from zip(group[0].paths, arrays, strict=True)
+        return list(zip(group[0].paths, arrays, strict=True))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for arrays in pool.map(filled, _by_paths(entries).values()):
+            yield from arrays
+
+
+_READERS = 4  # most of the time each waits for new pages of memory
 
 
 def _empty(shape: Shape) -> np.ndarray:
-    """Whole pages of memory: JAX on a CPU takes over what is aligned, without a copy."""
-    return np.frombuffer(mmap.mmap(-1, 4 * prod(shape)), np.float32).reshape(shape)
+    """Whole pages of memory: JAX on a CPU takes over what is aligned, without a copy.
+
+    Large ones, where the system has them: most of the time goes into touching new pages.
+    """
+    memory = mmap.mmap(-1, 4 * prod(shape))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(shape)
 
 
 def _copy(view: np.ndarray, out: np.ndarray) -> None:

@@ -54,6 +54,14 @@ def test_safetensors_in_bfloat16(tmp_path):
     np.testing.assert_array_equal(open_tensors(path).read("a").astype(np.float32), range(4))
 
 
+def test_numbers_that_no_weights_have(tmp_path):
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}).encode()
+    path = tmp_path / "a"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(WeightsError, match="a has numbers of type F8_E4M3, expected one of F64"):
+        open_tensors(path)
+
+
 @pytest.mark.parametrize("kept", [30, 100, -1, -10])
 def test_truncated_safetensors(safetensors, kept):
     safetensors.write_bytes(safetensors.read_bytes()[:kept])
