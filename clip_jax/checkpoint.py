@@ -76,7 +76,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: epath.PathLike, keep: int):
-        self.directory = epath.Path(workdir) / _DIRECTORY
+        self.directory = _absolute(workdir) / _DIRECTORY
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -164,7 +164,7 @@ def save_weights(workdir: epath.PathLike, card: ModelCard, params: Any, batch_st
     Raises:
         CheckpointError: there are checkpoints already.
     """
-    directory = epath.Path(workdir) / _DIRECTORY
+    directory = _absolute(workdir) / _DIRECTORY
     if directory.exists():
         raise CheckpointError(f"{directory} is there already; choose another folder")
     parts = {"params": params, "batch_stats": batch_stats}
@@ -177,7 +177,7 @@ def save_weights(workdir: epath.PathLike, card: ModelCard, params: Any, batch_st
 
 def holds_checkpoint(path: epath.PathLike) -> bool:
     """Whether `load_params` would find something to read there."""
-    return next(_candidates(epath.Path(path)), None) is not None
+    return next(_candidates(_absolute(path)), None) is not None
 
 
 def load_card(path: epath.PathLike) -> ModelCard:
@@ -215,7 +215,7 @@ def load_params(path: epath.PathLike) -> tuple[ModelCard, Any, Any]:
 def _newest(path: epath.PathLike, read: Callable[[epath.Path], T]) -> T:
     """What `read` gives for the newest checkpoint that it can read."""
     failures = []
-    for candidate in _candidates(epath.Path(path)):
+    for candidate in _candidates(_absolute(path)):
         try:
             return read(candidate)
         except Exception as error:  # whatever Orbax meets in a damaged directory
@@ -239,6 +239,12 @@ def _parts(state: Any) -> dict[str, Any]:
     optimizer = state._asdict()
     parts = {name: optimizer.pop(name) for name in ("params", "batch_stats", "ema")}
     return {name: part for name, part in parts.items() if part} | {"optimizer": optimizer}
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax writes to no other; a bucket's address is one already."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.absolute()
 
 
 def _candidates(path: epath.Path) -> Iterator[epath.Path]:

@@ -59,6 +59,18 @@ def test_a_run_leaves_metrics_checkpoints_and_a_model_that_loads(small_config, t
     )
 
 
+def test_a_relative_workdir_is_one_of_the_folder_it_was_started_in(
+    small_config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    whole = train(small_config, "runs/first")
+    again = train(small_config, "runs/first")  # restores, from the same relative path
+    assert_same(weights(whole), weights(again))
+    assert (tmp_path / "runs" / "first" / "checkpoints" / "12").is_dir()
+    model, _ = clip_jax.load("runs/first")
+    assert model.config == whole.model.config
+
+
 @pytest.mark.parametrize("at", [3, 4, 9])  # before, at and after a checkpoint (every 4 steps)
 def test_a_run_that_crashed_goes_on_as_if_nothing_had_happened(small_config, tmp_path, at):
     whole = train(small_config, str(tmp_path / "whole"))
