@@ -79,9 +79,9 @@ def test_few_shot_reports_draws_and_what_zero_shot_is_worth(encoder, data_dir):
         evaluate(encoder, "colors", tasks=["few_shot"], data_dir=str(data_dir), options=too_many)
 
 
-@pytest.mark.parametrize("block", [1, 64, 1 << 24])
+@pytest.mark.parametrize("block", [1, 3, 1024])
 def test_ranks_equal_sorting_all_pairs_ties_included(mesh, block, monkeypatch):
-    monkeypatch.setattr(sys.modules[rank_both_ways.__module__], "_SCORES", block)
+    monkeypatch.setattr(sys.modules[rank_both_ways.__module__], "_BLOCK", block)
     random = np.random.default_rng(0)
     image = random.integers(-1, 2, (9, 3)).astype(np.float32)  # scores are small whole numbers
     text = random.integers(-1, 2, (20, 3)).astype(np.float32)

@@ -13,7 +13,11 @@ from clip_jax.eval.metrics import retrieval_statistics
 from clip_jax.eval.outcome import Data, Options, Outcome, measured
 from clip_jax.sharding import batch_divisor, shard_batch
 
-_SCORES = 1 << 24  # that a device holds at once: 64 MB
+# Images of a device, and texts, whose scores are computed at a time: 4 MB, which a CPU still has in
+# its cache when it compares them.
+_BLOCK = 1024
+# Images of all devices together: a block's counts above and equal share a number of 32 bits.
+_COUNT = 1 << 14
 
 
 def retrieval(data: Data, options: Options) -> Outcome:
@@ -40,71 +44,136 @@ def rank_both_ways(
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """What `metrics.any_hit_at_k` asks of each query, for "text" and for "image" retrieval.
 
+    Every score is computed once and compared both ways. What it is compared with, the scores of the
+    pairs that belong together, must be known before; the few blocks that hold them are computed
+    twice, by the same program, so that a score equals itself to the last bit.
+
     Args:
         image: unit length.
         text: unit length.
-        owner: the image of each text.
-        mesh: whose devices share out the queries; each holds all the items.
+        owner: the image of each text; every image has one.
+        mesh: whose devices share out the images; each holds all the texts.
     """
-    own = np.arange(len(image))
+    order = np.argsort(owner, kind="stable")  # the blocks with own pairs lie along the diagonal
+    owner = owner[order]
+    blocks = _Blocks(image, text[order], owner, mesh)
+    own = blocks.own_scores()
+    first = np.searchsorted(owner, np.arange(len(image)))
+    best = np.maximum.reduceat(own, first)
+    own_tied = np.add.reduceat((own == best[owner]).astype(np.int32), first)
+    (higher, tied), (text_higher, text_tied) = blocks.compare(best, own)
+    back = np.argsort(order, kind="stable")
     return {
-        "text": _rank(image, text, own, owner, mesh),
-        "image": _rank(text, image, owner, own, mesh),
+        "text": (higher, tied - own_tied, own_tied),
+        "image": (text_higher[back], text_tied[back] - 1, np.ones(len(text), np.int32)),
     }
 
 
-def _rank(
-    queries: np.ndarray, items: np.ndarray, query_group: np.ndarray, item_group: np.ndarray, mesh
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    devices, hosts, host = batch_divisor(mesh), jax.process_count(), jax.process_index()
-    per_device = min(max(_SCORES // len(items), 1), -(-len(queries) // devices))
-    size = per_device * devices
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    on_all = jax.make_array_from_process_local_data(everywhere, items, items.shape)
-    own_items = _own_items(query_group, item_group)
-    own = slice(host * size // hosts, (host + 1) * size // hosts)
-    found = []
-    for start in range(0, len(queries), size):
-        padding = ((0, size - len(queries[start : start + size])), (0, 0))
-        rows, wanted = (
-            shard_batch(np.pad(array[start : start + size], padding)[own], mesh)
-            for array in (queries, own_items)
+class _Blocks:
+    """The scores of all images with all texts, a block at a time.
+
+    Rows behind the last image or text are NaN: such a score is neither above nor equal to another.
+    """
+
+    def __init__(
+        self,
+        image: Float[np.ndarray, "N E"],
+        text: Float[np.ndarray, "M E"],
+        owner: Int[np.ndarray, " M"],
+        mesh: Mesh,
+    ):
+        devices = batch_divisor(mesh)
+        per_device = min(_BLOCK, max(_COUNT // devices, 1), -(-len(image) // devices))
+        self._rows, self._columns = per_device * devices, min(_BLOCK, len(text))
+        self._owner, self._mesh, self._lengths = owner, mesh, (len(image), len(text))
+        hosts, host = jax.process_count(), jax.process_index()
+        own = slice(host * self._rows // hosts, (host + 1) * self._rows // hosts)
+        self._images = [shard_batch(part[own], mesh) for part in _parts(image, self._rows)]
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._texts = [
+            jax.make_array_from_process_local_data(everywhere, part, part.shape)
+            for part in _parts(text, self._columns)
+        ]
+
+    def own_scores(self) -> Float[np.ndarray, " M"]:
+        """The score of each text with its own image."""
+        rows, columns = self._rows, self._columns
+        found = np.full(len(self._texts) * columns, np.nan, np.float32)
+        block_of = self._owner // rows
+        for j, texts in enumerate(self._texts):
+            here = slice(j * columns, min((j + 1) * columns, len(self._owner)))
+            for i in np.unique(block_of[here]):
+                row = np.zeros(columns, np.int32)
+                row[: here.stop - here.start] = np.clip(self._owner[here] - i * rows, 0, rows - 1)
+                scores = np.asarray(_picked(_scores(self._images[i], texts), row, self._mesh))
+                own = np.flatnonzero(block_of[here] == i)
+                found[here.start + own] = scores[own]
+        return found[: len(self._owner)]
+
+    def compare(
+        self, best: Float[np.ndarray, " N"], own: Float[np.ndarray, " M"]
+    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """Scores above, and equal to, `best` of each image; those to `own` of each text."""
+        thresholds = [_parts(best, self._rows), _parts(own, self._columns)]
+        counts = [[np.zeros((2, len(part)), np.int32) for part in each] for each in thresholds]
+        for i, images in enumerate(self._images):
+            for j, texts in enumerate(self._texts):
+                counts[0][i], counts[1][j] = _add_counts(
+                    _scores(images, texts),
+                    thresholds[0][i], thresholds[1][j], counts[0][i], counts[1][j],
+                    self._mesh,
+                )  # fmt: skip
+        joined = [np.concatenate(jax.device_get(each), axis=1) for each in counts]
+        (higher, tied), (text_higher, text_tied) = (
+            each[:, :length] for each, length in zip(joined, self._lengths, strict=True)
         )
-        counts = _counts(rows, on_all, wanted, mesh)
-        found.append((size - padding[0][1], counts))  # fetched at the end: no device waits
-    parts = [[np.asarray(each)[:length] for each in counts] for length, counts in found]
-    higher, tied, own_tied = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return higher, tied, own_tied
+        return (higher, tied), (text_higher, text_tied)
 
 
-def _own_items(query_group: np.ndarray, item_group: np.ndarray) -> Int[np.ndarray, "Q K"]:
-    """The items of each query's group, -1 behind the last where others have more."""
-    order = np.argsort(item_group, kind="stable")
-    first = np.searchsorted(item_group[order], query_group, "left")
-    end = np.searchsorted(item_group[order], query_group, "right")
-    places = first[:, None] + np.arange(np.max(end - first))
-    inside = places < end[:, None]
-    return np.where(inside, order[np.minimum(places, len(order) - 1)], -1).astype(np.int32)
+def _parts(array: np.ndarray, size: int) -> list[np.ndarray]:
+    """Pieces of equal size; what the last one lacks is NaN."""
+    padding = [(0, -len(array) % size)] + [(0, 0)] * (array.ndim - 1)
+    padded = np.pad(array, padding, constant_values=np.nan)
+    return list(padded.reshape(-1, size, *array.shape[1:]))
+
+
+@jax.jit
+def _scores(images: Float[Array, "b E"], texts: Float[Array, "m E"]) -> Float[Array, "b m"]:
+    return jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _counts(
-    queries: Float[Array, "b E"],
-    items: Float[Array, "M E"],
-    own_items: Int[Array, "b K"],
+def _picked(
+    scores: Float[Array, "b m"], row: Int[np.ndarray | Array, " m"], mesh: Mesh
+) -> Float[Array, " m"]:
+    """Of each text the score with one image."""
+    picked = jnp.take_along_axis(scores, row[None], axis=0)[0]
+    return jax.lax.with_sharding_constraint(picked, NamedSharding(mesh, PartitionSpec()))
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _add_counts(
+    scores: Float[Array, "b m"],
+    best: Float[np.ndarray | Array, " b"],
+    own: Float[np.ndarray | Array, " m"],
+    by_image: Int[np.ndarray | Array, "2 b"],
+    by_text: Int[np.ndarray | Array, "2 m"],
     mesh: Mesh,
-) -> tuple[Int[Array, " b"], Int[Array, " b"], Int[Array, " b"]]:
-    """Others' items above the best own one, others' that tie with it, own ones that do."""
-    scores = jnp.matmul(queries, items.T, precision=jax.lax.Precision.HIGHEST)
-    # Gathered, not masked: no pass over all scores asks whose an item is.
-    own = jnp.take_along_axis(scores, own_items, axis=1)
-    own = jnp.where(own_items >= 0, own, -jnp.inf)
-    best = jnp.max(own, axis=1, keepdims=True)
-    own_tied = jnp.sum(own == best, axis=1)
+) -> tuple[Int[Array, "2 b"], Int[Array, "2 m"]]:
+    """Adds the scores above, and equal to, the best of each image and the own of each text."""
+
+    def count(threshold: Array, axis: int) -> Array:
+        # Both in one number: one pass over the scores instead of two.
+        above, equal = (
+            jnp.where(scores > threshold, 1 << 16, 0),
+            jnp.where(scores == threshold, 1, 0),
+        )
+        both = jnp.sum(above + equal, axis=axis)
+        return jnp.stack([both >> 16, both & 0xFFFF])
+
     counts = (
-        jnp.sum(scores > best, axis=1),
-        jnp.sum(scores == best, axis=1) - own_tied,
-        own_tied,
+        by_image + count(jnp.expand_dims(best, 1), 1),
+        by_text + count(jnp.expand_dims(own, 0), 0),
     )
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, everywhere), counts)
