@@ -13,7 +13,9 @@ from clip_jax.eval import Encoder, Options, evaluate, evaluators
 from clip_jax.eval.registry import PLAIN_TEMPLATE
 from clip_jax.preprocess import Preprocess
 from clip_jax.sharding import replicate
+from tests.eval import one_process
 from tests.eval.tiny import made, mesh_of_one, model
+from tests.hosts import run_as_hosts
 
 CLASSES = ["blue star", "green circle", "red square"]
 QUICK = Options(intervals=False)
@@ -102,6 +104,15 @@ def check(ready, data_dir, by_plain_loops):
     pairs = evaluate(ready, "pairs", data_dir=str(data_dir), options=QUICK)["retrieval"].metrics
     assert pairs["text_retrieval_recall@5"] == pytest.approx(text)
     assert pairs["image_retrieval_recall@5"] == pytest.approx(image)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(data_dir):
+    alone = one_process.results(jax.devices()[:4], data_dir)
+    assert len(alone["metrics"]) >= 8
+    assert [len(ranks[0]) for ranks in alone["ranks"].values()] == [31, 55]
+    for found in run_as_hosts(one_process.__file__, 2, data_dir):
+        assert found == alone
 
 
 def test_texts_cut_to_their_length_are_embedded_as_whole_ones(one_device):

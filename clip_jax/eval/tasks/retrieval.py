@@ -11,13 +11,11 @@ from jaxtyping import Array, Float, Int
 from clip_jax.errors import DataError
 from clip_jax.eval.metrics import retrieval_statistics
 from clip_jax.eval.outcome import Data, Options, Outcome, measured
-from clip_jax.sharding import batch_divisor, shard_batch
+from clip_jax.sharding import BATCH_AXES, batch_divisor, shard_batch
 
 # Images of a device, and texts, whose scores are computed at a time: 4 MB, which a CPU still has in
 # its cache when it compares them.
 _BLOCK = 1024
-# Images of all devices together: a block's counts above and equal share a number of 32 bits.
-_COUNT = 1 << 14
 
 
 def retrieval(data: Data, options: Options) -> Outcome:
@@ -83,17 +81,21 @@ class _Blocks:
         mesh: Mesh,
     ):
         devices = batch_divisor(mesh)
-        per_device = min(_BLOCK, max(_COUNT // devices, 1), -(-len(image) // devices))
-        self._rows, self._columns = per_device * devices, min(_BLOCK, len(text))
+        self._rows = min(_BLOCK, -(-len(image) // devices)) * devices
+        self._columns = min(_BLOCK, len(text))
         self._owner, self._mesh, self._lengths = owner, mesh, (len(image), len(text))
-        hosts, host = jax.process_count(), jax.process_index()
-        own = slice(host * self._rows // hosts, (host + 1) * self._rows // hosts)
-        self._images = [shard_batch(part[own], mesh) for part in _parts(image, self._rows)]
+        self._images = self._shared_out(image)
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._texts = [
             jax.make_array_from_process_local_data(everywhere, part, part.shape)
             for part in _parts(text, self._columns)
         ]
+
+    def _shared_out(self, rows: np.ndarray) -> list[Array]:
+        """A block at a time, on the devices that compare its images."""
+        hosts, host = jax.process_count(), jax.process_index()
+        own = slice(host * self._rows // hosts, (host + 1) * self._rows // hosts)
+        return [shard_batch(part[own], self._mesh) for part in _parts(rows, self._rows)]
 
     def own_scores(self) -> Float[np.ndarray, " M"]:
         """The score of each text with its own image."""
@@ -114,18 +116,20 @@ class _Blocks:
         self, best: Float[np.ndarray, " N"], own: Float[np.ndarray, " M"]
     ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
         """Scores above, and equal to, `best` of each image; those to `own` of each text."""
-        thresholds = [_parts(best, self._rows), _parts(own, self._columns)]
-        counts = [[np.zeros((2, len(part)), np.int32) for part in each] for each in thresholds]
+        thresholds = self._shared_out(best), _parts(own, self._columns)
+        counts = _no_counts(
+            len(self._images), len(self._texts), self._rows, self._columns, self._mesh
+        )
         for i, images in enumerate(self._images):
             for j, texts in enumerate(self._texts):
-                counts[0][i], counts[1][j] = _add_counts(
-                    _scores(images, texts),
-                    thresholds[0][i], thresholds[1][j], counts[0][i], counts[1][j],
+                place = np.int32(i), np.int32(j)
+                counts = _add_counts(
+                    counts, _scores(images, texts), thresholds[0][i], thresholds[1][j], place,
                     self._mesh,
                 )  # fmt: skip
-        joined = [np.concatenate(jax.device_get(each), axis=1) for each in counts]
         (higher, tied), (text_higher, text_tied) = (
-            each[:, :length] for each, length in zip(joined, self._lengths, strict=True)
+            np.asarray(each).reshape(2, -1)[:, :length]
+            for each, length in zip(_totals(counts, self._mesh), self._lengths, strict=True)
         )
         return (higher, tied), (text_higher, text_tied)
 
@@ -151,29 +155,52 @@ def _picked(
     return jax.lax.with_sharding_constraint(picked, NamedSharding(mesh, PartitionSpec()))
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _add_counts(
-    scores: Float[Array, "b m"],
-    best: Float[np.ndarray | Array, " b"],
-    own: Float[np.ndarray | Array, " m"],
-    by_image: Int[np.ndarray | Array, "2 b"],
-    by_text: Int[np.ndarray | Array, "2 m"],
-    mesh: Mesh,
-) -> tuple[Int[Array, "2 b"], Int[Array, "2 m"]]:
-    """Adds the scores above, and equal to, the best of each image and the own of each text."""
+# By image and by text: above, and equal to, their threshold. A device counts for the images that it
+# has and for all texts; nobody waits for another before the end. Axis letters: D devices; I blocks
+# of b images; J blocks of m texts.
+_Counts = tuple[Int[Array, "2 I b"], Int[Array, "D 2 J m"]]
+_COUNTS_SPEC = PartitionSpec(None, None, BATCH_AXES), PartitionSpec(BATCH_AXES)
 
-    def count(threshold: Array, axis: int) -> Array:
+
+def _no_counts(image_blocks: int, text_blocks: int, rows: int, columns: int, mesh: Mesh) -> _Counts:
+    shapes = (2, image_blocks, rows), (batch_divisor(mesh), 2, text_blocks, columns)
+    by_image, by_text = (
+        jnp.zeros(shape, jnp.int32, device=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, _COUNTS_SPEC, strict=True)
+    )
+    return by_image, by_text
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="counts")
+def _add_counts(
+    counts: _Counts,
+    scores: Float[Array, "b m"],
+    best: Float[Array, " b"],
+    own: Float[np.ndarray | Array, " m"],
+    place: tuple[Int[np.ndarray | Array, ""], Int[np.ndarray | Array, ""]],
+    mesh: Mesh,
+) -> _Counts:
+    """Adds the scores of the block in a place."""
+
+    def count(scores: Array, threshold: Array, axis: int) -> Array:
         # Both in one number: one pass over the scores instead of two.
-        above, equal = (
-            jnp.where(scores > threshold, 1 << 16, 0),
-            jnp.where(scores == threshold, 1, 0),
-        )
-        both = jnp.sum(above + equal, axis=axis)
+        above = jnp.where(scores > threshold, 1 << 16, 0)
+        both = jnp.sum(above + jnp.where(scores == threshold, 1, 0), axis=axis)
         return jnp.stack([both >> 16, both & 0xFFFF])
 
-    counts = (
-        by_image + count(jnp.expand_dims(best, 1), 1),
-        by_text + count(jnp.expand_dims(own, 0), 0),
-    )
+    def add(counts, scores, best, own, place):
+        by_image, by_text = counts
+        by_image = by_image.at[:, place[0]].add(count(scores, best[:, None], 1))
+        return by_image, by_text.at[0, :, place[1]].add(count(scores, own[None], 0))
+
+    everywhere, rows = PartitionSpec(), PartitionSpec(BATCH_AXES)
+    in_specs = (_COUNTS_SPEC, rows, rows, everywhere, everywhere)
+    mapped = jax.shard_map(add, mesh=mesh, in_specs=in_specs, out_specs=_COUNTS_SPEC)
+    return mapped(counts, scores, best, own, place)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _totals(counts: _Counts, mesh: Mesh) -> tuple[Int[Array, "2 I b"], Int[Array, "2 J m"]]:
+    """Of all devices, on every host."""
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, everywhere), counts)
+    return jax.lax.with_sharding_constraint((counts[0], counts[1].sum(axis=0)), everywhere)
