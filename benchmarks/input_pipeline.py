@@ -88,13 +88,13 @@ def bare(folder: Path, cores: int) -> Iterator[int]:
     """Decoding alone."""
     import tensorflow as tf
 
+    from clip_jax.data.pipeline import pipeline_options
+
     pictures = []
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
             names = [name for name in tar.getnames() if name.endswith(".jpg")]
             pictures += [tar.extractfile(name).read() for name in names]  # type: ignore[union-attr]
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = cores
     decoded = tf.data.Dataset.from_tensor_slices(pictures).repeat()
     decoded = decoded.map(
         lambda image: tf.shape(tf.io.decode_jpeg(image, channels=3, dct_method="INTEGER_ACCURATE"))[
@@ -102,7 +102,7 @@ def bare(folder: Path, cores: int) -> Iterator[int]:
         ],
         num_parallel_calls=cores,
     ).batch(BATCH)
-    for batch in decoded.with_options(options).prefetch(1):
+    for batch in decoded.with_options(pipeline_options(cores)).prefetch(1):
         yield len(batch)
 
 

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from clip_jax.data.batch import Batch
 from clip_jax.data.faults import Faults
 from clip_jax.data.order import Order, Stream
+from clip_jax.data.pipeline import pipeline_options, usable_cores
 from clip_jax.data.prefetch import Prefetch
-from clip_jax.data.rows import Reader, RowFunction, caption_text, usable_cores
+from clip_jax.data.rows import Reader, RowFunction, caption_text
 from clip_jax.data.source import Mixture
 from clip_jax.tokenizer import tokenize
 
@@ -127,9 +128,8 @@ class _Rows:
             [reader.dataset() for reader in self._readers], turns
         )
         rows = rows.batch(self._rows * len(self._streams), drop_remainder=True).prefetch(2)
-        options = tf.data.Options()
         # A thread that waits for storage computes nothing: as many more as may wait.
-        options.threading.private_threadpool_size = self._cores + len(self._readers)
+        options = pipeline_options(self._cores + len(self._readers))
         iterator = rows.with_options(options).as_numpy_iterator()
         for turn, batch in zip(self._turns(), iterator, strict=False):
             tickets = batch.pop("ticket")

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from clip_jax.data import augment, command, images
 from clip_jax.data.faults import REPAIRED, Faults
-from clip_jax.data.rows import LONGEST_CAPTION, caption_text, usable_cores
+from clip_jax.data.pipeline import usable_cores
+from clip_jax.data.rows import LONGEST_CAPTION, caption_text
 from clip_jax.data.scan import scan
 from clip_jax.data.source import Features, Source
 from clip_jax.data.sources import open_source

@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from clip_jax.data.catalog import make_builder, read_instructions
 from clip_jax.data.glyphs import FACES
 from clip_jax.data.labelled import Example, Labelled
+from clip_jax.data.pipeline import pipeline_options
 from clip_jax.errors import DataError
 
 # VTAB's: nearer than 8 m, than 20 m, farther; no vehicle stands for 1,000 m.
@@ -103,7 +104,8 @@ def open_tfds(name: str, split: str, data_dir: str | None, labels: str = "") -> 
     decoders = {key: tfds.decode.SkipDecoding() for key in pictures}
 
     def examples() -> Iterator[Example]:
-        reading = tfds.ReadConfig(try_autocache=False)  # it is read once
+        # It is read once.
+        reading = tfds.ReadConfig(try_autocache=False, options=pipeline_options())
         dataset = builder.as_dataset(split=split, decoders=decoders, read_config=reading)
         for number, example in enumerate(tfds.as_numpy(dataset)):
             image, label = take(example, features)

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -289,13 +288,6 @@ class Reader:
         except (tf.errors.OpError, StopIteration) as error:
             fault = Fault(faults.UNREADABLE_SHARD, str(error))
         return path, key, fault or Fault(faults.UNDECODABLE_IMAGE, "it failed once")
-
-
-def usable_cores() -> int:
-    """Of this process."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def signature(fields: Mapping[str, tf.TensorSpec]) -> dict[str, tf.TensorSpec]:

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from clip_jax.data.faults import UNDECODABLE_IMAGE, UNREADABLE_SHARD, Fault
+from clip_jax.data.pipeline import pipeline_options
 from clip_jax.data.rows import columns_of, examine, reason, signature
 from clip_jax.data.source import Features, Record, Source
 
@@ -65,14 +66,12 @@ def scan(
             path, record = underway.popleft()
             yield Scanned(path, record.key, {}, record.fault)
 
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = parallel + 1  # one reads
     rows = (
         tf.data.Dataset.from_generator(columns, output_signature=signature(source.fields))
         .prefetch(1)
         .unbatch()
         .map(row, num_parallel_calls=parallel, deterministic=True)
-        .with_options(options)
+        .with_options(pipeline_options(parallel + 1))  # one reads
     )
     iterator = iter(rows)
     while True:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from clip_jax.data import augment, command, images, tfrecord
 from clip_jax.data.faults import Faults
-from clip_jax.data.rows import usable_cores
+from clip_jax.data.pipeline import usable_cores
 from clip_jax.data.scan import scan
 from clip_jax.data.source import Features, Source
 from clip_jax.data.sources import open_source

@@ -6,9 +6,11 @@ import unicodedata
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from clip_jax.data import glyphs
 from clip_jax.data.labelled_tfds import open_tfds
+from clip_jax.data.pipeline import pipeline_options
 
 MARGIN = (glyphs.SIZE - glyphs.INK) // 2
 
@@ -16,8 +18,11 @@ MARGIN = (glyphs.SIZE - glyphs.INK) // 2
 def _read(builder):
     """Returns {split: list of examples with NumPy leaves}, in the order of the files."""
     examples = {}
+    reading = tfds.ReadConfig(options=pipeline_options())
     for split in ("train", "test"):
-        batches = builder.as_dataset(split=split, batch_size=1024).as_numpy_iterator()
+        batches = builder.as_dataset(
+            split=split, batch_size=1024, read_config=reading
+        ).as_numpy_iterator()
         examples[split] = [
             dict(zip(batch, values, strict=True))
             for batch in batches
