@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from clip_jax.checkpoint import holds_checkpoint, load_card, load_params
 from clip_jax.errors import WeightsError
-from clip_jax.models import CLIP, CLIPConfig, resize_positions
+from clip_jax.models import CLIP, CLIPConfig, resize_positions, unstack
 from clip_jax.preprocess import Preprocess
 from clip_jax.tokenizers import AnyTokenizer, TokenizerSpec
 from clip_jax.weights import formats, hub
@@ -57,7 +57,8 @@ def load(
         image_size: another resolution than the source's, in pixels; position tables are resized.
 
     Returns:
-        The model, on the default device, and the function that makes its input of a PIL picture:
+        The model, on the default device (on a CPU a layer at a time, see `models.unstack`), and the
+        function that makes its input of a PIL picture:
 
         >>> model, preprocess = clip_jax.load("ViT-B/32")
         >>> image = model.encode_image(preprocess(picture)[None], normalize=True)
@@ -72,7 +73,10 @@ def load(
         weights = _resized(weights, image_size)
     graphdef, *parts = abstract_model(weights.config, dtype)
     params, statistics = (nest({path: weights.arrays[path] for path in part}) for part in parts)
-    return nnx.merge(graphdef, params, statistics), weights.preprocess
+    loaded = nnx.merge(graphdef, params, statistics)
+    if jax.default_backend() == "cpu":
+        loaded = unstack(loaded)
+    return loaded, weights.preprocess
 
 
 def load_tokenizer(

@@ -5,6 +5,7 @@ from clip_jax.models.flops import Flops, forward_flops, training_flops
 from clip_jax.models.layers import Training
 from clip_jax.models.positions import resize_positions
 from clip_jax.models.resnet import ResNetConfig
+from clip_jax.models.stacks import unstack
 from clip_jax.models.text import TextConfig
 from clip_jax.models.vit import ViTConfig
 from clip_jax.models.zoo import available_models, create_model, model_config
@@ -24,4 +25,5 @@ __all__ = [
     "model_config",
     "resize_positions",
     "training_flops",
+    "unstack",
 ]

@@ -235,7 +235,7 @@ class Stage(nnx.Module):
             def create_rest(rngs: nnx.Rngs) -> Bottleneck:
                 return Bottleneck(EXPANSION * planes, planes, dtype=dtype, rngs=rngs)
 
-            self.rest = create_rest(rngs)
+            self.rest: nnx.Module = create_rest(rngs)
 
     def __call__(
         self, x: Float[Array, "B H W I"], training: Training | None
@@ -249,7 +249,12 @@ class Stage(nnx.Module):
         x, first_stats = run(x, self.first)
         if training:
             nnx.update(self.first, first_stats)
-        if self.blocks > 1:
+        if self.blocks > 1 and isinstance(self.rest, nnx.List):  # `stacks.unstack`
+            for block in self.rest:
+                x, stats = run(x, block)
+                if training:
+                    nnx.update(block, stats)
+        elif self.blocks > 1:
             unroll = min(self.unroll, self.blocks - 1)
             x, rest_stats = jax.lax.scan(run, x, self.rest, unroll=unroll)
             if training:

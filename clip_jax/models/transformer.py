@@ -143,6 +143,8 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """L blocks in one stack: every parameter has a leading axis L, and a scan runs over it.
 
+    `stacks.unstack` makes a list of blocks of it.
+
     Args:
         spec: of its blocks.
         layers: L.
@@ -175,7 +177,7 @@ class Transformer(nnx.Module):
         def create_blocks(rngs: nnx.Rngs) -> Block:
             return Block(spec, dtype=dtype, rngs=rngs)
 
-        self.blocks = create_blocks(rngs)
+        self.blocks: nnx.Module = create_blocks(rngs)
 
     def __call__(self, x: Float[Array, "B T D"], layer: int = -1) -> Float[Array, "B T D"]:
         """The state after the first `layer` blocks; -1 stands for all, -2 for all but the last.
@@ -184,15 +186,19 @@ class Transformer(nnx.Module):
             ValueError: there is no such layer.
         """
         count = resolve_layer(layer, self.layers)
-        blocks = self.blocks
-        if count < self.layers:
-            blocks = jax.tree.map(lambda stacked: stacked[:count], blocks)
 
         def run(x, block):
             return keep_rows(block(x)), None
 
-        unroll = max(1, min(self.unroll, count))
-        return jax.lax.scan(rematerialized(run, self.remat), x, blocks, unroll=unroll)[0]
+        run = rematerialized(run, self.remat)
+        if isinstance(self.blocks, nnx.List):
+            for block in self.blocks[:count]:
+                x, _ = run(x, block)
+            return x
+        blocks = self.blocks
+        if count < self.layers:
+            blocks = jax.tree.map(lambda stacked: stacked[:count], blocks)
+        return jax.lax.scan(run, x, blocks, unroll=max(1, min(self.unroll, count)))[0]
 
 
 def resolve_layer(layer: int, layers: int) -> int:

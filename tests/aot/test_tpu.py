@@ -17,14 +17,19 @@ COLLECTIVES = {  # both sides' embeddings, peak and total of both; gradients and
 }
 
 
-@pytest.fixture(scope="module")
-def report(v5e_pod, tmp_path_factory):
-    """The quickstart's model in bfloat16 with the paper's optimizer, 1,024 pairs on four chips."""
+def small_step():
+    """The quickstart's model in bfloat16 with the paper's optimizer, 1,024 pairs."""
     config = importlib.import_module("configs.quickstart").get_config()
     config.train.update(batch_size=1024, dtype="bfloat16", unroll=1)
     config.optim.name = "adamw"  # Muon's own products are none of the model's
+    return config
+
+
+@pytest.fixture(scope="module")
+def report(v5e_pod, tmp_path_factory):
+    """On four chips."""
     hlo = tmp_path_factory.mktemp("hlo") / "step.txt"
-    found = report_on(config, "v5e:2x2", hlo=hlo)
+    found = report_on(small_step(), "v5e:2x2", hlo=hlo)
     assert hlo.read_text().startswith("HloModule")
     return found
 
@@ -61,3 +66,15 @@ def test_nothing_is_recomputed_and_the_report_is_plain_data(report):
         found["model_flops_per_chip"] / 197e12
     )
     assert "fits: 0.3" in report.to_text()
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
+def test_two_slices_sum_their_gradients_once_over_the_network_between_them(v5e_pod, report):
+    two = report_on(small_step(), "v5e:2x2*2")
+    assert two.fits
+    assert (two.topology.slices, len(two.topology.devices)) == (2, 8)
+    gradients = [each for each in two.exchanges if each.kind == "all-reduce"]
+    assert all(each.network and each.axes == ("data",) for each in gradients)
+    once = sum(each.bytes for each in report.exchanges if each.kind == "all-reduce")
+    assert sum(each.bytes for each in gradients) == pytest.approx(once, rel=TOLERANCE)
