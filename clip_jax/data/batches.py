@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from clip_jax.data.batch import Batch
 from clip_jax.data.faults import Faults
 from clip_jax.data.order import Order, Stream
-from clip_jax.data.pipeline import pipeline_options, usable_cores
+from clip_jax.data.pipeline import keep_freed_memory, pipeline_options, usable_cores
 from clip_jax.data.prefetch import Prefetch
 from clip_jax.data.rows import Reader, RowFunction, caption_text
 from clip_jax.data.source import Mixture
@@ -50,6 +50,7 @@ def train_batches(
         DataError: a mixture without captions, streams that hosts or batch cannot share out, or more
             bad data than config.data.max_bad allows.
     """
+    keep_freed_memory()
     batch_size = config.train.batch_size
     host, hosts = jax.process_index(), jax.process_count()
     order.rows_per_stream(batch_size)
