@@ -170,14 +170,24 @@ def contend(name: str, folder: Path, size: int, seconds: float) -> None:
     os._exit(0)  # workers are not waited for
 
 
-def cores_per_chip(cpu: float) -> list[str]:
-    """For each program of docs/pods.json, at the rate that the chip cannot beat."""
+def cores_per_chip(on_host: float, on_device: float) -> str:
+    """A table for docs/data.md: each program of docs/pods.json, at the rate its chip cannot beat.
+
+    Args:
+        on_host: CPU seconds a sample, resized on the host.
+        on_device: likewise, on the device.
+    """
     pods = json.loads((Path(__file__).parents[1] / "docs" / "pods.json").read_text())
-    return [
-        f"{pod['model']} on {pod['chip']} {cpu * pod['examples_per_second_per_chip_bound']:.1f}"
-        for pod in pods.values()
-        if pod.get("examples_per_second_per_chip_bound")
+    lines = [
+        "| Model | Topology | examples/s a chip, at most | cores a chip, resize on the host "
+        "| on the device |",
+        "|---|---|---|---|---|",
     ]
+    for pod in pods.values():
+        if rate := pod.get("examples_per_second_per_chip_bound"):
+            cores = " | ".join(f"{rate * cpu:.1f}" for cpu in (on_host, on_device))
+            lines.append(f"| {pod['model']} | {pod['topology']} | {rate:,.0f} | {cores} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -216,9 +226,8 @@ def main() -> None:
             f"({rates[0]:.1f}-{rates[-1]:.1f})  {1e3 * cpu:6.2f} ms CPU a sample  "
             f"{base / cpu:5.2f}x open_clip by CPU"
         )
-    for name in ("tar", "tar, device"):
-        cpu = statistics.median(cpu for _, cpu in results[name])
-        print(f"cores that feed a chip, {name}: {', '.join(cores_per_chip(cpu))}")
+    costs = (statistics.median(cpu for _, cpu in results[name]) for name in ("tar", "tar, device"))
+    print(f"\n{cores_per_chip(*costs)}")
 
 
 if __name__ == "__main__":
