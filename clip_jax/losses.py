@@ -273,23 +273,24 @@ def _softmax(exchange: _Exchange, image_bE: Array, text_bE: Array, scale: Array)
 
     normalizers = exchange.fold(add_to_normalizers, (_Normalizer.empty(rows),) * 2, columns)
 
-    def add_to_gradients(gradients, block, first):
+    def add_to_gradients(carry, block, first):
+        gradients, paired_b = carry
         block, normalizers_of_block = block
         similarities = _both_similarities(own, block)
         paired_bn = exchange.paired(similarities[0].shape, first)
+        # Of the products that are normalised, lest two ways of rounding differ, times the scale.
+        paired_b += jnp.where(paired_bn, similarities[0], 0).sum(axis=1)
         deviations = tuple(
             (by_row.softmax(s, scale, 1) + by_column.softmax(s, scale, 0)) / 2 - paired_bn
             for s, by_row, by_column in zip(
                 similarities, normalizers, normalizers_of_block, strict=True
             )
         )
-        return gradients.add(deviations, similarities, block)
+        return gradients.add(deviations, similarities, block), paired_b
 
     shared_normalizers = exchange.share(normalizers[::-1])
-    gradients = exchange.fold(
-        add_to_gradients, _Gradients.zero(image_bE), (columns, shared_normalizers)
-    )
-    paired_b = jnp.sum(image_bE.astype(jnp.float32) * text_bE.astype(jnp.float32), axis=1)
+    start = _Gradients.zero(image_bE), jnp.zeros(rows, jnp.float32)
+    gradients, paired_b = exchange.fold(add_to_gradients, start, (columns, shared_normalizers))
     losses = [normalizer.cross_entropy(paired_b, scale).sum() / 2 for normalizer in normalizers]
     loss, image, text, scale_gradient, _ = _finish(
         exchange, gradients._replace(loss=sum(losses)), image_bE, scale

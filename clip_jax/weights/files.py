@@ -7,6 +7,7 @@ memory holds no more of the file than that.
 import json
 import mmap
 import struct
+import threading
 import zipfile
 from collections.abc import Sequence
 from math import prod
@@ -148,12 +149,23 @@ def _open_zip(path: Path) -> Tensors:
         ) from error
     names = archive.namelist()
     if any(name.endswith("data.pkl") for name in names):
-        return torch_archive.open_archive(path, archive)
+        return _one_at_a_time(torch_archive.open_archive(path, archive))
     if names and all(name.endswith(".npy") for name in names):
-        return _open_npz(path, archive)
+        return _one_at_a_time(_open_npz(path, archive))
     raise WeightsError(
         f"{path} is a zip archive, but neither torch's (no data.pkl) nor NumPy's (not all .npy)"
     )
+
+
+def _one_at_a_time(tensors: Tensors) -> Tensors:
+    """For threads: before Python 3.12.4, members of a zip file that are read at once mix up."""
+    lock = threading.Lock()
+
+    def read(name: str) -> np.ndarray:
+        with lock:
+            return tensors.read(name)
+
+    return tensors._replace(read=read)
 
 
 def _open_npz(path: Path, archive: zipfile.ZipFile) -> Tensors:

@@ -6,6 +6,7 @@ import pickle
 import struct
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -275,3 +276,22 @@ def test_a_zip_of_something_else(tmp_path):
         archive.writestr("readme.txt", "hello")
     with pytest.raises(WeightsError, match=r"neither torch.s .* nor NumPy.s"):
         open_tensors(tmp_path / "a.npz")
+
+
+@pytest.fixture
+def restless_threads():
+    """Threads take turns a thousand times as often as they do."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(interval / 1000)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_threads_may_read_a_zip_file_at_once(tmp_path, restless_threads):
+    arrays = {str(n): np.full(20_000, n, np.float32) for n in range(50)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    tensors = open_tensors(tmp_path / "a.npz")
+    names = 20 * list(arrays)
+    with ThreadPoolExecutor(8) as threads:
+        for name, array in zip(names, threads.map(tensors.read, names), strict=True):
+            np.testing.assert_array_equal(array, arrays[name])
