@@ -103,7 +103,10 @@ def test_value_and_gradients_equal_the_oracle_on_every_mesh(mesh, name, communic
             if rows == 1 and name == "softmax":
                 continue  # a single pair has nothing to be told from: the loss is zero
             found = function(*arguments(name, image, text, scale))
-            assert_equals_oracle(found, name, image, text, scale)
+            # A float32 similarity is rounded by some 1e-8, and the scale multiplies that: with JAX
+            # 0.12 the ring's gradients are 1.08e-6 off at scale 100.
+            tolerance = max(1e-6, 1.5e-8 * scale)
+            assert_equals_oracle(found, name, image, text, scale, tolerance)
 
 
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
