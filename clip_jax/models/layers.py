@@ -266,3 +266,26 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
+
+
+def run_layers(
+    run: Callable[[Array, Any], tuple[Array, Any]], x: Array, layers: Any, count: int, unroll: int
+) -> tuple[Array, Any]:
+    """`x, out = run(x, layer)` through the first `count` layers; x, and the outs of the layers.
+
+    Args:
+        run: of one layer.
+        x: goes through.
+        layers: in one stack, over which a scan runs; or a list of them (`stacks.unstack`), whose
+            outs are by number.
+        count: the first ones that are run.
+        unroll: layers in one turn of the scan.
+    """
+    if isinstance(layers, nnx.List):
+        outs = {}
+        for number in range(count):
+            x, outs[number] = run(x, layers[number])
+        return x, outs
+    if count < jax.tree.leaves(layers)[0].shape[0]:
+        layers = jax.tree.map(lambda stacked: stacked[:count], layers)
+    return jax.lax.scan(run, x, layers, unroll=max(1, min(unroll, count)))

@@ -27,6 +27,7 @@ from clip_jax.models.layers import (
     Training,
     check_images,
     normal,
+    run_layers,
     symmetric_uniform,
     zeros,
 )
@@ -249,14 +250,8 @@ class Stage(nnx.Module):
         x, first_stats = run(x, self.first)
         if training:
             nnx.update(self.first, first_stats)
-        if self.blocks > 1 and isinstance(self.rest, nnx.List):  # `stacks.unstack`
-            for block in self.rest:
-                x, stats = run(x, block)
-                if training:
-                    nnx.update(block, stats)
-        elif self.blocks > 1:
-            unroll = min(self.unroll, self.blocks - 1)
-            x, rest_stats = jax.lax.scan(run, x, self.rest, unroll=unroll)
+        if self.blocks > 1:
+            x, rest_stats = run_layers(run, x, self.rest, self.blocks - 1, self.unroll)
             if training:
                 nnx.update(self.rest, rest_stats)
         return x

@@ -24,6 +24,7 @@ from clip_jax.models.layers import (
     MLPInit,
     keep_rows,
     normal,
+    run_layers,
     symmetric_uniform,
 )
 
@@ -191,14 +192,7 @@ class Transformer(nnx.Module):
             return keep_rows(block(x)), None
 
         run = rematerialized(run, self.remat)
-        if isinstance(self.blocks, nnx.List):
-            for block in self.blocks[:count]:
-                x, _ = run(x, block)
-            return x
-        blocks = self.blocks
-        if count < self.layers:
-            blocks = jax.tree.map(lambda stacked: stacked[:count], blocks)
-        return jax.lax.scan(run, x, blocks, unroll=max(1, min(self.unroll, count)))[0]
+        return run_layers(run, x, self.blocks, count, self.unroll)[0]
 
 
 def resolve_layer(layer: int, layers: int) -> int:

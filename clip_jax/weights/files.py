@@ -158,7 +158,7 @@ def _open_zip(path: Path) -> Tensors:
 
 
 def _one_at_a_time(tensors: Tensors) -> Tensors:
-    """For threads: before Python 3.12.4, members of a zip file that are read at once mix up."""
+    """For threads: members of a zip file that are read at once mix up (seen with Python 3.12.1)."""
     lock = threading.Lock()
 
     def read(name: str) -> np.ndarray:

@@ -10,7 +10,6 @@ from tests.training import one_process
 
 @pytest.mark.slow
 def test_two_and_four_processes_train_as_one_and_share_checkpoints(tmp_path):
-
     by_four = run_as_hosts(one_process.__file__, 4, tmp_path / "four", "-")
     by_two = run_as_hosts(one_process.__file__, 2, "-", tmp_path / "four")
     alone = one_process.train(jax.devices()[:4], restore_from=tmp_path / "four")

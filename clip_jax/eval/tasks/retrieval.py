@@ -14,7 +14,7 @@ from clip_jax.eval.outcome import Data, Options, Outcome, measured
 from clip_jax.sharding import BATCH_AXES, batch_divisor, shard_batch
 
 # Images of a device, and texts, whose scores are computed at a time: 4 MB, which a CPU still has in
-# its cache when it compares them.
+# its cache when it compares them. Less than 2**15: two counts of a block share a number of 32 bits.
 _BLOCK = 1024
 
 
