@@ -75,7 +75,7 @@ def report_on(
         hlo.write_text(text)
     module, devices = parse(text), list(mesh.devices.flat)
     sent, flops, traffic = (
-        collectives(module, dict(mesh.shape)),
+        collectives(module, dict(mesh.shape), topology.slices),
         matmul_flops(module),
         memory_traffic(module),
     )

@@ -179,6 +179,8 @@ def _written(computation: Computation, result: Instruction) -> int:
 
 # ----------------------------------------------------------------------------- collectives
 
+# What the compiler hands to the runtime that joins slices, by its attribute.
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -217,19 +219,29 @@ class Collective:
         return (2 if self.kind == "all-reduce" else 1) * total * (members - 1) / members
 
 
-def collectives(module: Module, mesh_shape: Mapping[str, int]) -> tuple[Collective, ...]:
+def collectives(
+    module: Module, mesh_shape: Mapping[str, int], slices: int = 1
+) -> tuple[Collective, ...]:
     """All collectives of more than one device, each once.
 
     What the TPU compiler runs beside other work is in the text several times, in each of the
     fusions that it is done beside; they have its chain's number, or at least its channel and name.
+    What slices exchange over the network is written as sends and receives: each device exchanges
+    with those that stand where it stands in the other slices.
 
     Args:
         module: compiled for the devices of a mesh, in its order.
         mesh_shape: axis name -> size, in the mesh's order.
+        slices: of as many devices each, one after the other in the mesh's order.
     """
     found: dict[str, Collective] = {}
     for name, instruction, times in module.instructions():
         kind = instruction.opcode.removesuffix("-start")
+        between = _BETWEEN_SLICES.search(instruction.attributes) if kind == "send" else None
+        if between:
+            found[instruction.name] = _between_slices(
+                between[1], instruction.shapes[0].bytes, times, mesh_shape, slices
+            )
         if kind not in _KINDS:
             continue
         groups = _groups(instruction, math.prod(mesh_shape.values()))
@@ -254,6 +266,16 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> tuple[Collecti
         if same not in found or collective.times < found[same].times:
             found[same] = collective
     return tuple(found.values())
+
+
+def _between_slices(
+    transfer: str, sent: int, times: int, mesh_shape: Mapping[str, int], slices: int
+) -> Collective:
+    kind = {"ONE_TO_ONE": "collective-permute"}.get(transfer, transfer.lower().replace("_", "-"))
+    group = list(range(0, math.prod(mesh_shape.values()), math.prod(mesh_shape.values()) // slices))
+    size = sent * slices if kind == "all-gather" else sent
+    axes = _axes([group], mesh_shape)
+    return Collective(kind, axes, slices, size, times, asynchronous=True, members=tuple(group))
 
 
 def _identity(fused: bool, instruction: Instruction) -> str:

@@ -6,6 +6,7 @@ T tokens of the attention pool, E embedding.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -212,6 +213,17 @@ class Bottleneck(nnx.Module):
         return jax.nn.relu(y + x)
 
 
+def _run(remat: Remat, training: Training | None, *, in_loop: bool = False) -> Callable[..., Any]:
+    """(features, block) -> (features, the block's new running statistics), rematerialised."""
+
+    def run(x, block):
+        x = block(x, training)
+        # The block is a copy that this function was given: what it learned goes out by hand.
+        return x, nnx.to_pure_dict(nnx.state(block, nnx.BatchStat)) if training else None
+
+    return rematerialized(run, remat, in_loop=in_loop)
+
+
 class Stage(nnx.Module):
     """The first bottleneck changes the shape; the rest are alike, stacked, and a scan runs them."""
 
@@ -241,17 +253,13 @@ class Stage(nnx.Module):
     def __call__(
         self, x: Float[Array, "B H W I"], training: Training | None
     ) -> Float[Array, "B H2 W2 O"]:
-        def run(x, block):
-            x = block(x, training)
-            # The block is a copy that this function was given: what it learned goes out by hand.
-            return x, nnx.to_pure_dict(nnx.state(block, nnx.BatchStat)) if training else None
-
-        run = rematerialized(run, self.remat)
-        x, first_stats = run(x, self.first)
+        x, first_stats = _run(self.remat, training)(x, self.first)
         if training:
             nnx.update(self.first, first_stats)
-        if self.blocks > 1:
-            x, rest_stats = run_layers(run, x, self.rest, self.blocks - 1, self.unroll)
+        rest = self.blocks - 1
+        if rest:
+            run = _run(self.remat, training, in_loop=self.unroll < rest)
+            x, rest_stats = run_layers(run, x, self.rest, rest, self.unroll)
             if training:
                 nnx.update(self.rest, rest_stats)
         return x
@@ -303,7 +311,7 @@ class ModifiedResNet(nnx.Module):
                 f"the width {config.width} must be even, and {config.heads} heads divide "
                 f"{config.features} features"
             )
-        self.config = config
+        self.config, self.remat = config, remat
         self.stem = Stem(config.width, dtype=dtype, rngs=rngs)
         channels = config.width
 
@@ -347,7 +355,10 @@ class ModifiedResNet(nnx.Module):
         """The feature map after `layer` stages; see `CLIP.encode_image`."""
         if final_norm:
             raise ValueError("a ResNet has no final norm: leave final_norm out")
-        x = self.stem(check_images(images_BHWC, self.config.image_size), training)
+        images_BHWC = check_images(images_BHWC, self.config.image_size)
+        x, stem_stats = _run(self.remat, training)(images_BHWC, self.stem)
+        if training:
+            nnx.update(self.stem, stem_stats)
         stages = (self.stage1, self.stage2, self.stage3, self.stage4)
         for stage in stages[: resolve_layer(layer, len(stages))]:
             x = stage(x, training)

@@ -42,8 +42,14 @@ REMAT_POLICIES = {
 }
 
 
-def rematerialized(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """The layer of a scan, so that the backward pass recomputes what `remat` says.
+def rematerialized(layer: Callable[..., Any], remat: Remat, *, in_loop: bool) -> Callable[..., Any]:
+    """A layer of which the backward pass recomputes what `remat` says.
+
+    Args:
+        layer: a function of the features and the layer.
+        remat: the policy.
+        in_loop: it is the body of a loop of several turns. Elsewhere the compiler would find that
+            what is recomputed has been computed before, and keep it: barriers hide that.
 
     Raises:
         ConfigError: an unknown `remat`.
@@ -52,7 +58,7 @@ def rematerialized(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any
         return layer
     if remat not in REMAT_POLICIES:
         raise ConfigError(f"remat {remat!r}: choose one of none, {', '.join(REMAT_POLICIES)}")
-    return jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=not in_loop)
 
 
 class BlockInit(NamedTuple):
@@ -170,7 +176,7 @@ class Transformer(nnx.Module):
         unroll: int,
         rngs: nnx.Rngs,
     ):
-        rematerialized(lambda x: x, remat)  # refuses a remat that does not exist
+        rematerialized(lambda x: x, remat, in_loop=True)  # refuses a remat that does not exist
         self.layers, self.remat, self.unroll = layers, remat, unroll
 
         @nnx.split_rngs(splits=layers)
@@ -191,7 +197,7 @@ class Transformer(nnx.Module):
         def run(x, block):
             return keep_rows(block(x)), None
 
-        run = rematerialized(run, self.remat)
+        run = rematerialized(run, self.remat, in_loop=self.unroll < count)
         return run_layers(run, x, self.blocks, count, self.unroll)[0]
 
 

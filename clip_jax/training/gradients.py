@@ -4,7 +4,7 @@ Where the mesh splits nothing but the batch, the towers run under `jax.shard_map
 its own rows, and gradients are summed once a step, in float32, after the last layer; where it
 splits parameters, too, the partitioner places the sums. The loss is a function of embeddings alone,
 which makes accumulation exact: embed all microbatches, differentiate the loss of the whole batch by
-the embeddings, embed again and go on from there.
+the embeddings, go back through the last microbatch, and embed the others again to do so.
 """
 
 import contextlib
@@ -77,7 +77,8 @@ def make_gradients(
     over_rows = _OverRows.of(mesh)
     global_loss = _make_loss(mesh, loss, communication)
 
-    def embed(trained: Any, rest: Any, batch_stats: Any, batch: Batch, keys: Array):
+    def embed(trained: Any, kept: Any, rows: tuple[Batch, Array]):
+        (rest, batch_stats), (batch, keys) = kept, rows
         clip = model.merge(_join(trained, rest), batch_stats)
         training = Training(keys, over_rows.axis_names)
         pixels = batch.image
@@ -90,16 +91,21 @@ def make_gradients(
             text = clip.encode_text(batch.tokens, normalize=True)
         return Embeddings(image, text), nnx.to_pure_dict(nnx.state(clip, nnx.BatchStat))
 
-    compute = _whole_batch if accumulate == 1 else functools.partial(_two_passes, accumulate, mesh)
-
     def gradients(params: Any, batch_stats: Any, batch: Batch, keys: Array):
         params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         stays = matching_mask(params, frozen)
         trained, rest = _split(params, stays | {name: True for name in _SCALARS if name in params})
         scalars = {name: params[name] for name in _SCALARS if name in params}
-        value, found, by_scalar, batch_stats = compute(
-            over_rows, embed, global_loss, scalars, trained, rest, batch_stats, batch, keys
+        embed_rows = over_rows.map(embed)
+
+        def embed_all(copies: Any, rows: tuple[Batch, Array]):
+            return embed_rows(copies, (rest, batch_stats), rows)
+
+        copies = over_rows.copies(trained)
+        value, found, by_scalar, batch_stats = _exact_gradients(
+            accumulate, mesh, embed_all, global_loss, scalars, copies, (batch, keys)
         )
+        found = over_rows.sum(found)
         zeros = jax.tree.map(jnp.zeros_like, rest)  # never computed with: frozen
         by_scalar = {name: zeros[name] if stays[name] else g for name, g in by_scalar.items()}
         return value, _join(found, zeros) | by_scalar, batch_stats
@@ -125,11 +131,39 @@ class _OverRows:
     def of(cls, mesh: Mesh) -> "_OverRows":
         return cls(mesh, BATCH_AXES if mesh.shape["data"] == mesh.size else ())
 
-    def map(
-        self, function: Callable[..., Any], in_specs: Any, out_specs: Any
-    ) -> Callable[..., Any]:
+    def map(self, embed: Callable[..., Any]) -> Callable[..., Any]:
+        """(copies, what all devices have, rows) -> (rows, what all have), each on its own rows."""
         if not self.axis_names:
-            return function
+            return embed
+        return self._on_each(
+            lambda copies, *rest: embed(jax.tree.map(lambda x: x[0], copies), *rest),
+            (BATCH_SPEC, P(), BATCH_SPEC),
+            (BATCH_SPEC, P()),
+        )
+
+    def copies(self, params: Any) -> Any:
+        """[...] -> [devices, ...]: parameters whose gradient is that of each device's own rows.
+
+        They take no memory: each device has its own, which are the parameters.
+        """
+        if not self.axis_names:
+            return params
+        vary = functools.partial(jax.lax.pcast, axis_name=self.axis_names, to="varying")
+        return self._on_each(
+            lambda params: jax.tree.map(lambda x: vary(x)[None], params), P(), BATCH_SPEC
+        )(params)
+
+    def sum(self, gradients: Any) -> Any:
+        """Of the copies: [devices, ...] -> [...], once and for all in their dtype."""
+        if not self.axis_names:
+            return gradients
+        return self._on_each(
+            lambda found: jax.lax.psum(jax.tree.map(lambda x: x[0], found), self.axis_names),
+            BATCH_SPEC,
+            P(),
+        )(gradients)
+
+    def _on_each(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
     def tracing(self) -> contextlib.AbstractContextManager[None]:
@@ -140,81 +174,66 @@ class _OverRows:
             lambda axes: NamedSharding(self.mesh, P(BATCH_AXES, *[P.UNCONSTRAINED] * (axes - 1)))
         )
 
-    def own(self, params: Any) -> Any:
-        """Parameters whose gradient is that of the own rows; the transpose is `sum`."""
-        return jax.lax.pcast(params, self.axis_names, to="varying") if self.axis_names else params
 
-    def sum(self, gradients: Any) -> Any:
-        return jax.lax.psum(gradients, self.axis_names) if self.axis_names else gradients
+def _exact_gradients(count, mesh, embed, global_loss, scalars, copies, rows):
+    """(loss, gradients of the copies and of the scalars, batch statistics) of `count` microbatches.
 
-
-def _whole_batch(over_rows, embed, global_loss, scalars, trained, rest, stats, batch, keys):
-    """One pass, whose activations stay until the gradient of the embeddings is there."""
-
-    def embed_own(trained, rest, stats, batch, keys):
-        return embed(over_rows.own(trained), rest, stats, batch, keys)
-
-    in_specs, out_specs = (P(), P(), P(), BATCH_SPEC, BATCH_SPEC), (BATCH_SPEC, P())
-    embed_all = over_rows.map(embed_own, in_specs, out_specs)
-    embeddings, backward, moved = jax.vjp(
-        lambda trained: embed_all(trained, rest, stats, batch, keys), trained, has_aux=True
-    )
-    value, (by_scalar, cotangents) = jax.value_and_grad(global_loss, (0, 1))(scalars, embeddings)
-    return value, backward(cotangents)[0], by_scalar, moved
-
-
-def _two_passes(
-    count, mesh, over_rows, embed, global_loss, scalars, trained, rest, stats, batch, keys
-):
-    """Memory of one microbatch's activations, and of the embeddings of all."""
+    The last one's activations stay until the gradient of the embeddings is there. The others leave
+    nothing but their embeddings, and are embedded once more: the memory is one microbatch's, the
+    price a forward pass of all but one.
+    """
     divide, unite = _microbatches(count, mesh)
-    batch, keys = divide(batch), divide(keys)
+    earlier, last = divide(rows)
 
-    def embed_own(trained, rest, stats, batch, keys):
-        def one(total, microbatch):
-            embeddings, moved = embed(trained, rest, stats, *microbatch)
-            return jax.tree.map(jnp.add, total, moved), embeddings
+    def embed_one(total, rows):
+        embeddings, moved = embed(copies, rows)
+        return jax.tree.map(jnp.add, total, moved), embeddings
 
-        total, embeddings = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, stats), (batch, keys))
-        return embeddings, jax.tree.map(lambda x: x / count, total)
+    def embed_again(total, rows_and_cotangents):
+        # After the backward pass before it, even in a loop of one turn, which the compiler unrolls.
+        total, (rows, cotangents) = jax.lax.optimization_barrier((total, rows_and_cotangents))
+        _, backward, _ = jax.vjp(lambda copies: embed(copies, rows), copies, has_aux=True)
+        return jax.tree.map(jnp.add, total, backward(cotangents)[0]), None
 
-    def gradient_of_own(trained, rest, stats, batch, keys, cotangents):
-        trained = over_rows.own(trained)
-
-        def one(total, microbatch):
-            *inputs, cotangent = microbatch
-            _, backward = jax.vjp(lambda trained: embed(trained, rest, stats, *inputs)[0], trained)
-            return jax.tree.map(jnp.add, total, backward(cotangent)[0]), None
-
-        zeros = jax.tree.map(jnp.zeros_like, trained)
-        return over_rows.sum(jax.lax.scan(one, zeros, (batch, keys, cotangents))[0])
-
-    rows = P(None, BATCH_AXES)
-    embed_all = over_rows.map(embed_own, (P(), P(), P(), rows, rows), (rows, P()))
-    gradient = over_rows.map(gradient_of_own, (P(), P(), P(), rows, rows, rows), P())
-    embeddings, moved = embed_all(trained, rest, stats, batch, keys)
-    value, (by_scalar, cotangents) = jax.value_and_grad(global_loss, (0, 1))(
-        scalars, unite(embeddings)
-    )
-    found = gradient(trained, rest, stats, batch, keys, divide(cotangents))
+    embeddings, backward, moved = jax.vjp(lambda copies: embed(copies, last), copies, has_aux=True)
+    if count > 1:
+        moved, of_earlier = jax.lax.scan(embed_one, moved, earlier)
+        embeddings = unite(of_earlier, embeddings)
+        moved = jax.tree.map(lambda x: x / count, moved)
+    value, (by_scalar, cotangents) = jax.value_and_grad(global_loss, (0, 1))(scalars, embeddings)
+    of_earlier, of_last = divide(cotangents)
+    (found,) = backward(of_last)
+    if count > 1:
+        found, _ = jax.lax.scan(embed_again, found, (earlier, of_earlier))
     return value, found, by_scalar, moved
 
 
-def _microbatches(count: int, mesh: Mesh) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
-    """[B, ...] -> [count, B / count, ...] within each device's rows, and the way back."""
+def _microbatches(count: int, mesh: Mesh) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]:
+    """[B, ...] -> [count - 1, B / count, ...] and the last [B / count, ...]; and the way back.
+
+    Each is made of every device's own rows. Of one microbatch the first part is None.
+    """
+    if count == 1:
+        return lambda tree: (None, tree), lambda _, last: last
     devices = batch_divisor(mesh)
+
+    def placed(x: Array, spec: P) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     def divided(x: Array) -> Array:
         x = x.reshape(devices, count, -1, *x.shape[1:]).swapaxes(0, 1)
-        x = x.reshape(count, -1, *x.shape[3:])
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, BATCH_AXES)))
+        return placed(x.reshape(count, -1, *x.shape[3:]), P(None, BATCH_AXES))
 
-    def united(x: Array) -> Array:
+    def united(earlier: Array, last: Array) -> Array:
+        x = jnp.concatenate([earlier, last[None]])
         x = x.reshape(count, devices, -1, *x.shape[2:]).swapaxes(0, 1)
-        x = x.reshape(-1, *x.shape[3:])
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH_SPEC))
+        return placed(x.reshape(-1, *x.shape[3:]), BATCH_SPEC)
 
-    return functools.partial(jax.tree.map, divided), functools.partial(jax.tree.map, united)
+    def divide(tree: Any) -> tuple[Any, Any]:
+        tree = jax.tree.map(divided, tree)
+        return jax.tree.map(lambda x: x[:-1], tree), jax.tree.map(lambda x: x[-1], tree)
+
+    return divide, functools.partial(jax.tree.map, united)
 
 
 def _make_loss(mesh: Mesh, loss: str, communication: str) -> Callable[..., Array]:

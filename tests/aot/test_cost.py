@@ -187,6 +187,31 @@ def test_what_is_done_beside_other_work_is_counted_once():
     assert sorted(each.asynchronous for each in found) == [False, True, True, True]
 
 
+def test_what_slices_exchange_is_sent_by_each_device_to_its_like():
+    sends = (
+        f"%s{n} = (f32[{size}], u32[], token[]) send(%x, %after), channel_id={n}, "
+        'is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",'
+        f'_xla_megascale_transfer_type="{kind}"}}'
+        for n, (size, kind) in enumerate([(100, "ALL_REDUCE"), (10, "ALL_GATHER")])
+    )
+    module = entry(
+        "%x = f32[100] parameter(0)",
+        "%after = token[] after-all()",
+        *sends,
+        # To the host, which is no other slice.
+        "%other = (f32[100], u32[], token[]) send(%x, %after), channel_id=9, is_host_transfer=true",
+        "ROOT %z = f32[] constant(0)",
+    )
+    found = collectives(module, {"data": 4, "fsdp": 2}, slices=2)
+    assert [(each.kind, each.bytes, each.sent) for each in found] == [
+        ("all-reduce", 400, 400),
+        ("all-gather", 80, 40),
+    ]
+    assert {(each.axes, each.members, each.asynchronous) for each in found} == {
+        (("data",), (0, 4), True)
+    }
+
+
 def test_collectives_of_a_compiled_program_and_their_bytes():
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), (AxisType.Auto,) * 2)
 

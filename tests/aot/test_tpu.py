@@ -76,5 +76,8 @@ def test_two_slices_share_out_the_sum_of_their_gradients(v5e_pod):
     assert (two.topology.slices, len(two.topology.devices)) == (2, 8)
     # Each chip of a slice sums a share, exchanges it with the other slice and hands it round.
     (shares,) = [each for each in two.exchanges if each.kind == "reduce-scatter"]
-    assert shares.axes == ("data",)
-    assert shares.bytes == pytest.approx(COLLECTIVES["all-reduce"]["bytes"], rel=TOLERANCE)
+    gradients = pytest.approx(COLLECTIVES["all-reduce"]["bytes"], rel=TOLERANCE)
+    assert (shares.axes, shares.network, shares.bytes) == (("data",), False, gradients)
+    (exchanged,) = [each for each in two.exchanges if each.network and each.kind == "all-reduce"]
+    assert (exchanged.axes, 4 * exchanged.bytes) == (("data",), gradients)
+    assert two.bounds.interconnect >= exchanged.sent / two.topology.chip.network_bandwidth

@@ -12,6 +12,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from clip_jax.aot.cost import matmul_flops
+from clip_jax.aot.hlo import parse
 from clip_jax.errors import ConfigError
 from clip_jax.models import ResNetConfig, Training
 from clip_jax.models.resnet import BatchNorm, ModifiedResNet, Stage
@@ -165,11 +167,10 @@ def test_layers_are_the_stages_and_the_last_map_is_a_32nd_of_the_image():
         model.features(images(), final_norm=True)
 
 
-def stage(remat="none", unroll=1):
-    """Three blocks: the first, and two that a scan runs over."""
-    model = seeded(
-        lambda: Stage(8, 4, 3, 2, dtype=jnp.float32, remat=remat, unroll=unroll, rngs=nnx.Rngs(0))
-    )
+def stage(remat="none", unroll=1, blocks=3):
+    """The first block, and two that a scan runs over."""
+    options = {"dtype": jnp.float32, "remat": remat, "unroll": unroll}
+    model = seeded(lambda: Stage(8, 4, blocks, 2, **options, rngs=nnx.Rngs(0)))
     return nnx.graphdef(model), arrays(model, nnx.Param), arrays(model, nnx.BatchStat)
 
 
@@ -243,6 +244,18 @@ def test_remat_and_unroll_change_neither_gradients_nor_statistics():
         run("none", 1),
         run("full", 2),
     )
+
+
+def test_a_block_outside_of_a_loop_is_recomputed_too():
+    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 8))
+
+    def flops(remat):
+        graphdef, *variables = stage(remat, blocks=1)
+        run = functools.partial(loss_and_stats, graphdef, training=Training())
+        return matmul_flops(parse(jax.jit(run).lower(*variables, x).compile().as_text()))
+
+    # The compiler finds what it has computed before: without barriers it would keep all of it.
+    assert flops("full") > 1.3 * flops("none")
 
 
 def test_bfloat16_keeps_statistics_in_float32_and_close():

@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
+from clip_jax.aot.cost import matmul_flops
+from clip_jax.aot.hlo import parse
 from clip_jax.data.batch import Batch
 from clip_jax.errors import ConfigError
 from clip_jax.models import CLIP, CLIPConfig, ResNetConfig, TextConfig, Training, ViTConfig
@@ -195,6 +197,13 @@ def test_memory_is_that_of_one_microbatch_and_the_embeddings():
     assert whole > 4 * small
     # A microbatch's gradient beside the sum of all: one more set of parameters.
     assert accumulated < small + parameters + 8 * embeddings
+
+
+@pytest.mark.slow
+def test_all_microbatches_but_one_are_embedded_twice():
+    whole, halves = (matmul_flops(parse(compiled(count, 512).as_text())) for count in (1, 2))
+    # A forward pass is a third of the products: half of it is a sixth, all of it would be a third.
+    assert halves / whole == pytest.approx(7 / 6, abs=0.03)
 
 
 @pytest.mark.slow
