@@ -100,25 +100,43 @@ def activation_bytes(module: Module) -> int:
     """Arrays in main memory that the forward pass makes and the backward pass takes.
 
     They are told apart by the names that JAX gives its operations: those of a forward pass lie in a
-    `jvp`, those of a backward pass in the `transpose` of one.
+    `jvp`, those of a backward pass in the `transpose` of one. Of several microbatches those count
+    that are there at once: the text of a module is its schedule.
     """
-    return sum(
-        _saved(module, computation)
-        for name, computation in module.computations.items()
-        if module.executions[name] and name not in module.fused
-    )
+    return _most_saved(module, module.computations[module.entry])
 
 
-def _saved(module: Module, computation: Computation) -> int:
-    saved: dict[tuple[str, int], Shape] = {}
+def _most_saved(module: Module, computation: Computation) -> int:
+    """The most bytes at once, of what the computation saves and what its loops do."""
+    position = {name: number for number, name in enumerate(computation)}
+    change = [0] * (len(computation) + 1)
+    for (source, _), (shape, last) in _saved(module, computation).items():
+        change[position[source]] += shape.bytes
+        change[position[last] + 1] -= shape.bytes
+    most = live = 0
+    for instruction, difference in zip(computation.values(), change, strict=False):
+        live += difference
+        inside = (
+            _most_saved(module, module.computations[name])
+            for attribute, names in instruction.called.items()
+            if instruction.opcode != "fusion" and attribute != "to_apply"
+            for name in names
+        )
+        most = max(most, live + max(inside, default=0))
+    return most
+
+
+def _saved(module: Module, computation: Computation) -> dict[tuple[str, int], tuple[Shape, str]]:
+    """(instruction, element of its result) -> its shape, and the last instruction that takes it."""
+    saved: dict[tuple[str, int], tuple[Shape, str]] = {}
     for user in computation.values():
         if _is_backward(user) and user.opcode not in _PASSED_ON:
             for operand in user.operands:
                 for source, index in _sources(module, computation, operand):
                     shape = source.shapes[index]
                     if _is_forward(source) and shape.memory_space == 0:
-                        saved[source.name, index] = shape
-    return sum(shape.bytes for shape in saved.values())
+                        saved[source.name, index] = shape, user.name
+    return saved
 
 
 def _sources(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 # The names under which remat policies find products: of attention, and of a bottleneck's inner
-# channels; and the others, of which those of a ViT need no name.
+# channels; and the others.
 NARROW, WIDE = "narrow product", "wide product"
 STATISTICS = "statistics"
 
@@ -139,6 +139,30 @@ class LayerNorm(nnx.LayerNorm):
         return super().__call__(x, **kwargs).astype(x.dtype)
 
 
+@jax.custom_vjp
+def matmul(rows: Float[Array, "N I"], kernel: Float[Array, "I O"]) -> Float[Array, "N O"]:
+    """The product in the rows' dtype; its gradient by the kernel comes in the kernel's.
+
+    That gradient is a sum over all rows, on a mesh that splits parameters also over devices: in
+    bfloat16 each addition between them would round it. (For the same reason biases and positions
+    are added in float32, which costs nothing: the sum is rounded afterwards.)
+    """
+    return rows @ kernel.astype(rows.dtype)
+
+
+def _matmul_forward(rows: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(rows, kernel), (rows, kernel)
+
+
+def _matmul_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    rows, kernel = operands
+    by_kernel = jnp.matmul(rows.T, gradient, preferred_element_type=kernel.dtype)
+    return gradient @ kernel.astype(rows.dtype).T, by_kernel
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Dense(nnx.Module):
     """A linear map from the trailing axes `in_shape` to the axes `out_shape`.
 
@@ -155,7 +179,7 @@ class Dense(nnx.Module):
         *,
         kernel_init: Initializer,
         bias_init: Initializer | None = zeros,
-        kept: str | None = None,
+        kept: str = WIDE,
         dtype,
         rngs: nnx.Rngs,
     ):
@@ -166,12 +190,11 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Float[Array, "*axes"]) -> Float[Array, "*other_axes"]:
         batch_shape = x.shape[: x.ndim - len(self.in_shape)]
-        matrix = self.kernel.astype(self.dtype).reshape(math.prod(self.in_shape), -1)
+        matrix = self.kernel.reshape(math.prod(self.in_shape), -1)
         rows = keep_rows(x.astype(self.dtype).reshape(-1, matrix.shape[0]))
-        product = keep_rows(rows @ matrix)
-        product = checkpoint_name(product, self.kept) if self.kept else product
+        product = checkpoint_name(keep_rows(matmul(rows, matrix)), self.kept)
         result = product.reshape(batch_shape + self.out_shape)
-        return result + self.bias.astype(self.dtype) if hasattr(self, "bias") else result
+        return (result + self.bias).astype(self.dtype) if hasattr(self, "bias") else result
 
 
 class Attention(nnx.Module):

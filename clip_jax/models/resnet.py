@@ -27,6 +27,7 @@ from clip_jax.models.layers import (
     AttentionInit,
     Training,
     check_images,
+    keep_rows,
     normal,
     run_layers,
     symmetric_uniform,
@@ -86,7 +87,7 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), shape))
 
     def __call__(self, x_BHWI: Float[Array, "B H W I"]) -> Float[Array, "B H2 W2 O"]:
-        kernel, x_BHWI = self.kernel.astype(self.dtype), x_BHWI.astype(self.dtype)
+        kernel, x_BHWI = self.kernel.astype(self.dtype), keep_rows(x_BHWI.astype(self.dtype))
         padding = kernel.shape[0] // 2
         product = jax.lax.conv_general_dilated(
             x_BHWI,
@@ -95,7 +96,7 @@ class Conv(nnx.Module):
             [(padding, padding)] * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return checkpoint_name(product, self.kept)
+        return checkpoint_name(keep_rows(product), self.kept)
 
 
 class BatchNorm(nnx.Module):
@@ -281,7 +282,7 @@ class AttentionPool(Attention):
         """The last feature map -> embeddings."""
         x_BTC = rearrange(x_BHWC, "b h w c -> b (h w) c")
         x_BTC = jnp.concatenate([jnp.mean(x_BTC, axis=1, keepdims=True), x_BTC], axis=1)
-        x_BTC = x_BTC + self.position_embedding.astype(x_BTC.dtype)
+        x_BTC = (x_BTC + self.position_embedding).astype(x_BTC.dtype)
         return self(x_BTC, x_BTC[:, :1])[:, 0]
 
 

@@ -34,9 +34,7 @@ REMATS: tuple[Remat, ...] = get_args(Remat)  # from the one that recomputes leas
 _named = jax.checkpoint_policies.save_only_these_names
 # BatchNorm's statistics are a few kilobytes, and come of a collective: always kept.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _named(NARROW, WIDE, STATISTICS)
-    ),
+    "dots": _named(NARROW, WIDE, STATISTICS),
     "dots_no_hidden": _named(NARROW, STATISTICS),
     "full": _named(STATISTICS),
 }

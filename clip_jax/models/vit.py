@@ -19,6 +19,7 @@ from clip_jax.models.layers import (
     LayerNorm,
     Training,
     check_images,
+    matmul,
     normal,
     symmetric_uniform,
 )
@@ -84,9 +85,8 @@ class MAPPool(nnx.Module):
         )
 
     def __call__(self, x_BND: Float[Array, "B N D"]) -> Float[Array, "B D"]:
-        probe = self.probe.astype(x_BND.dtype)
-        queries_B1D = jnp.broadcast_to(probe, (x_BND.shape[0], 1, x_BND.shape[2]))
-        x_B1D = self.attention(x_BND, queries_B1D)
+        queries_B1D = jnp.broadcast_to(self.probe[...], (x_BND.shape[0], 1, x_BND.shape[2]))
+        x_B1D = self.attention(x_BND, queries_B1D.astype(x_BND.dtype))
         return (x_B1D + self.mlp(self.ln(x_B1D)))[:, 0]
 
 
@@ -151,7 +151,7 @@ class VisionTransformer(nnx.Module):
     ) -> Float[Array, "B E"]:
         """Normalised pixels -> embeddings in the compute dtype, not of unit length."""
         x_BD = self.pooled(images_BHWC, training)
-        return x_BD @ self.projection.astype(self.dtype) if self.config.projection else x_BD
+        return matmul(x_BD, self.projection[...]) if self.config.projection else x_BD
 
     def pooled(
         self, images_BHWC: Float[Array | np.ndarray, "B H W 3"], training: Training | None = None
@@ -176,15 +176,15 @@ class VisionTransformer(nnx.Module):
         covered = self.config.image_size // p * p
         images_BHWC = images_BHWC[:, :covered, :covered]
         patches_BNP = rearrange(images_BHWC, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
-        positions_ND = self.position_embedding.astype(self.dtype)
+        positions_ND = self.position_embedding[...]
         first = int(self.config.class_token)
-        x_BND = self.patch_embedding(patches_BNP) + positions_ND[first:]
+        x_BND = (self.patch_embedding(patches_BNP) + positions_ND[first:]).astype(self.dtype)
         if training is not None and self.config.patch_dropout:
             x_BND = drop_patches(x_BND, training.image_keys, self.config.patch_dropout)
         if self.config.class_token:
-            class_token = self.class_embedding.astype(self.dtype) + positions_ND[0]
+            class_token = self.class_embedding[...] + positions_ND[0]
             class_token = jnp.broadcast_to(class_token, (x_BND.shape[0], 1, x_BND.shape[2]))
-            x_BND = jnp.concatenate([class_token, x_BND], axis=1)
+            x_BND = jnp.concatenate([class_token.astype(self.dtype), x_BND], axis=1)
         x_BND = self.ln_pre(x_BND) if self.config.pre_norm else x_BND
         x_BND = self.transformer(x_BND, layer)
         return self.ln_post(x_BND) if final_norm else x_BND

@@ -77,9 +77,9 @@ def make_gradients(
     over_rows = _OverRows.of(mesh)
     global_loss = _make_loss(mesh, loss, communication)
 
-    def embed(trained: Any, kept: Any, rows: tuple[Batch, Array]):
-        (rest, batch_stats), (batch, keys) = kept, rows
-        clip = model.merge(_join(trained, rest), batch_stats)
+    def embed(params: tuple[Any, Any], batch_stats: Any, rows: tuple[Batch, Array]):
+        batch, keys = rows
+        clip = model.merge(_join(*params), batch_stats)
         training = Training(keys, over_rows.axis_names)
         pixels = batch.image
         with over_rows.tracing():
@@ -96,12 +96,12 @@ def make_gradients(
         stays = matching_mask(params, frozen)
         trained, rest = _split(params, stays | {name: True for name in _SCALARS if name in params})
         scalars = {name: params[name] for name in _SCALARS if name in params}
+        copies, copies_of_rest = over_rows.copies((trained, rest))
         embed_rows = over_rows.map(embed)
 
         def embed_all(copies: Any, rows: tuple[Batch, Array]):
-            return embed_rows(copies, (rest, batch_stats), rows)
+            return embed_rows((copies, copies_of_rest), batch_stats, rows)
 
-        copies = over_rows.copies(trained)
         value, found, by_scalar, batch_stats = _exact_gradients(
             accumulate, mesh, embed_all, global_loss, scalars, copies, (batch, keys)
         )

@@ -21,24 +21,42 @@ def test_the_compilers_refusal_says_how_much_is_needed_and_how_much_there_is():
         sizes_in("RESOURCE_EXHAUSTED: something else")
 
 
+def loss_of_layers(w, x, policy=None):
+    def layer(x, w):
+        return jnp.tanh(jnp.sin(x) @ w), None
+
+    if policy:
+        policies = jax.checkpoint_policies
+        layer = jax.checkpoint(layer, policy=getattr(policies, policy), prevent_cse=False)
+    return jax.lax.scan(layer, x, w)[0].sum()
+
+
+def activations(function, *arguments):
+    return activation_bytes(parse(jax.jit(function).lower(*arguments).compile().as_text()))
+
+
+W, X = jnp.ones((5, 64, 64)), jnp.ones((128, 64))
+
+
 @pytest.mark.parametrize(("policy", "least", "most"), [(None, 3, 5), ("nothing_saveable", 1, 1.1)])
 def test_activations_are_what_the_forward_pass_leaves_for_the_backward_pass(policy, least, most):
     # Of each layer cos(x), sin(x) and the result; or x alone. The parameters are none.
-    def loss(w, x):
-        def layer(x, w):
-            return jnp.tanh(jnp.sin(x) @ w), None
-
-        if policy:
-            policies = jax.checkpoint_policies
-            layer = jax.checkpoint(layer, policy=getattr(policies, policy), prevent_cse=False)
-        return jax.lax.scan(layer, x, w)[0].sum()
-
-    w, x = jnp.ones((5, 64, 64)), jnp.ones((128, 64))
-    module = parse(jax.jit(jax.grad(loss)).lower(w, x).compile().as_text())
     one = 5 * 128 * 64 * 4
-    found = activation_bytes(module)
+    found = activations(jax.grad(lambda w, x: loss_of_layers(w, x, policy)), W, X)
     assert least * one <= found <= most * one
-    assert activation_bytes(parse(jax.jit(loss).lower(w, x).compile().as_text())) == 0
+    assert activations(loss_of_layers, W, X) == 0
+
+
+def test_of_microbatches_one_after_the_other_the_largest_counts():
+    gradient = jax.grad(loss_of_layers)
+
+    def one_after_the_other(w, x, larger):
+        first = gradient(w, x)
+        return first + gradient(w, larger + 1e-9 * first.sum())
+
+    larger = jnp.concatenate([X, X])
+    found = activations(one_after_the_other, W, X, larger)
+    assert found == pytest.approx(activations(gradient, W, larger), rel=0.05)
 
 
 def test_the_largest_arrays_are_of_the_state_or_of_a_loop_and_are_shares(small_config):

@@ -1,0 +1,42 @@
+"""Gradients of weights: float32, whatever the towers compute in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from clip_jax.models.layers import matmul
+from clip_jax.models.text import TextConfig, TextTransformer
+
+DRAWN = np.random.default_rng(0)
+
+
+def drawn(*shape, dtype=jnp.float32):
+    return jnp.asarray(DRAWN.normal(size=shape), dtype)
+
+
+def test_the_gradient_by_a_kernel_is_not_rounded_to_the_compute_dtype():
+    rows, kernel = drawn(64, 16, dtype=jnp.bfloat16), drawn(16, 8)
+    cotangent = drawn(64, 8, dtype=jnp.bfloat16)
+    product, backward = jax.vjp(matmul, rows, kernel)
+    by_rows, by_kernel = backward(cotangent)
+    assert (product.dtype, by_rows.dtype, by_kernel.dtype) == ("bfloat16", "bfloat16", "float32")
+    exact = np.float64(rows).T @ np.float64(cotangent)
+    np.testing.assert_allclose(by_kernel, exact, rtol=1e-5, atol=1e-5)
+    rounded = np.float64(kernel.astype(jnp.bfloat16))
+    np.testing.assert_allclose(product, np.float64(rows) @ rounded, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(by_rows, np.float64(cotangent) @ rounded.T, rtol=1e-2, atol=1e-2)
+
+
+def test_the_gradient_by_a_token_is_the_sum_of_all_texts():
+    config = TextConfig(width=16, heads=2, layers=1, context_length=4, vocab_size=8)
+    tower = TextTransformer(config, 8, dtype=jnp.bfloat16, remat="none", unroll=1, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(tower)
+    tokens = np.tile(np.int32([5, 1, 2, 7]), (4096, 1))
+
+    def total(params):
+        return nnx.merge(graphdef, params).features(tokens, layer=0).sum(dtype="float32")
+
+    # In bfloat16 they would add up to 256, and stay there.
+    found = jax.jit(jax.grad(total))(params)["token_embedding"][...]
+    np.testing.assert_array_equal(found[tokens[0]], np.full((4, 16), 4096))
