@@ -55,7 +55,10 @@ def memory_of(program: Program, compiled: jax.stages.Compiled, module: Module) -
     return Memory(**parts, temporaries=peak_bytes(program, compiled) - sum(parts.values()))
 
 
-_MESSAGE = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
+# Before memory is assigned, and after: what fragmentation takes shows only then.
+_MESSAGE = re.compile(
+    r"(?:\(|Used )([\d.]+)([KMGT])(?:\) exceeds available HBM \(| of )([\d.]+)([KMGT])"
+)
 
 
 def sizes_in(message: str) -> tuple[int, int]:

@@ -144,8 +144,7 @@ def matmul(rows: Float[Array, "N I"], kernel: Float[Array, "I O"]) -> Float[Arra
     """The product in the rows' dtype; its gradient by the kernel comes in the kernel's.
 
     That gradient is a sum over all rows, on a mesh that splits parameters also over devices: in
-    bfloat16 each addition between them would round it. (For the same reason biases and positions
-    are added in float32, which costs nothing: the sum is rounded afterwards.)
+    bfloat16 each addition between them would round it.
     """
     return rows @ kernel.astype(rows.dtype)
 
@@ -161,6 +160,24 @@ def _matmul_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Ar
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def add(x: Float[Array, "*rows_and_axes"], weights: Float[Array, "*axes"]) -> Float[Array, "..."]:
+    """Adds a bias, or positions, in the dtype of x; as in `matmul`, their gradient is in theirs."""
+    return x + weights.astype(x.dtype)
+
+
+def _add_forward(x: Array, weights: Array) -> tuple[Array, Array]:
+    return add(x, weights), weights
+
+
+def _add_backward(weights: Array, gradient: Array) -> tuple[Array, Array]:
+    rows = tuple(range(gradient.ndim - weights.ndim))
+    return gradient, jnp.sum(gradient, rows, dtype=weights.dtype)
+
+
+add.defvjp(_add_forward, _add_backward)
 
 
 class Dense(nnx.Module):
@@ -194,7 +211,7 @@ class Dense(nnx.Module):
         rows = keep_rows(x.astype(self.dtype).reshape(-1, matrix.shape[0]))
         product = checkpoint_name(keep_rows(matmul(rows, matrix)), self.kept)
         result = product.reshape(batch_shape + self.out_shape)
-        return (result + self.bias).astype(self.dtype) if hasattr(self, "bias") else result
+        return add(result, self.bias[...]) if hasattr(self, "bias") else result
 
 
 class Attention(nnx.Module):

@@ -26,6 +26,7 @@ from clip_jax.models.layers import (
     Attention,
     AttentionInit,
     Training,
+    add,
     check_images,
     keep_rows,
     normal,
@@ -282,7 +283,7 @@ class AttentionPool(Attention):
         """The last feature map -> embeddings."""
         x_BTC = rearrange(x_BHWC, "b h w c -> b (h w) c")
         x_BTC = jnp.concatenate([jnp.mean(x_BTC, axis=1, keepdims=True), x_BTC], axis=1)
-        x_BTC = (x_BTC + self.position_embedding).astype(x_BTC.dtype)
+        x_BTC = add(x_BTC, self.position_embedding[...])
         return self(x_BTC, x_BTC[:, :1])[:, 0]
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.layers import Activation, LayerNorm, matmul, normal, symmetric_uniform
+from clip_jax.models.layers import Activation, LayerNorm, add, matmul, normal, symmetric_uniform
 from clip_jax.models.transformer import BlockInit, BlockSpec, Remat, Transformer
 
 
@@ -94,7 +94,7 @@ class TextTransformer(nnx.Module):
         if self.config.projection:
             x_BE = matmul(x_BE, self.projection[...])
         if self.config.projection_bias:
-            x_BE = (x_BE + self.projection_bias).astype(self.dtype)
+            x_BE = add(x_BE, self.projection_bias[...])
         return x_BE
 
     def pooled(self, tokens_BT: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B D"]:
@@ -125,8 +125,8 @@ class TextTransformer(nnx.Module):
                 f"expected at most {context} tokens a text, got {length}; "
                 f"tokenize with context_length={context}"
             )
-        x_BTD = jnp.take(self.token_embedding[...], tokens_BT, axis=0)
-        x_BTD = (x_BTD + self.position_embedding[:length]).astype(self.dtype)
+        x_BTD = jnp.take(self.token_embedding[...], tokens_BT, axis=0).astype(self.dtype)
+        x_BTD = add(x_BTD, self.position_embedding[:length])
         x_BTD = self.transformer(x_BTD, layer)
         return self.ln_final(x_BTD) if final_norm else x_BTD
 

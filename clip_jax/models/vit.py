@@ -18,6 +18,7 @@ from clip_jax.models.layers import (
     Dense,
     LayerNorm,
     Training,
+    add,
     check_images,
     matmul,
     normal,
@@ -178,7 +179,7 @@ class VisionTransformer(nnx.Module):
         patches_BNP = rearrange(images_BHWC, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
         positions_ND = self.position_embedding[...]
         first = int(self.config.class_token)
-        x_BND = (self.patch_embedding(patches_BNP) + positions_ND[first:]).astype(self.dtype)
+        x_BND = add(self.patch_embedding(patches_BNP), positions_ND[first:])
         if training is not None and self.config.patch_dropout:
             x_BND = drop_patches(x_BND, training.image_keys, self.config.patch_dropout)
         if self.config.class_token:

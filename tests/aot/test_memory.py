@@ -14,9 +14,15 @@ MESSAGE = (
     "(27.27G) exceeds available HBM (15.75G)."
 )
 
+LATE_MESSAGE = (
+    "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of "
+    "memory in memory space hbm. Used 15.86G of 15.75G hbm. Exceeded hbm capacity by 116.52M."
+)
+
 
 def test_the_compilers_refusal_says_how_much_is_needed_and_how_much_there_is():
     assert sizes_in(MESSAGE) == (int(27.27 * 2**30), int(15.75 * 2**30))
+    assert sizes_in(LATE_MESSAGE) == (int(15.86 * 2**30), int(15.75 * 2**30))
     with pytest.raises(ValueError, match="no sizes"):
         sizes_in("RESOURCE_EXHAUSTED: something else")
 
