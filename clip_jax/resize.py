@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+_PRECISION = jax.lax.Precision.HIGH  # levels are exact in bfloat16, weights are not
+
 
 def canvas_size(size: int) -> int:
     """Side of the square in which a picture waits for the device, in pixels.
@@ -33,8 +35,9 @@ def crop_resize(
     weights = jax.vmap(_weights, (0, 0, None, None))
     down_BSP = weights(top, height, size, rows)
     across_BSQ = weights(left, width, size, columns)
-    pixels = jnp.einsum("bip,bpqc->biqc", down_BSP, jnp.asarray(image, jnp.float32))
-    pixels = jnp.einsum("bjq,biqc->bijc", across_BSQ, pixels)
+    pixels = jnp.asarray(image, jnp.float32)
+    pixels = jnp.einsum("bip,bpqc->biqc", down_BSP, pixels, precision=_PRECISION)
+    pixels = jnp.einsum("bjq,biqc->bijc", across_BSQ, pixels, precision=_PRECISION)
     return jnp.clip(jnp.floor(pixels + 0.5), 0, 255).astype(jnp.uint8)
 
 

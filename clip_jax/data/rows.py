@@ -39,7 +39,6 @@ class RowFunction:
         source: whose records they are.
         config: the `data` section.
         size: of the square picture.
-        on_device: leave the resize to the train step.
 
     Attributes:
         traced: the function.
@@ -48,12 +47,14 @@ class RowFunction:
         DataError: a source without captions or labels, or options out of range.
     """
 
-    def __init__(self, source: Source, config: ConfigDict, size: int, *, on_device: bool = False):
+    def __init__(self, source: Source, config: ConfigDict, size: int):
         self._source = source
         self._size = size
         self._max_pixels = config.max_pixels
         self._options = Augmentation.from_config(config)
-        self._on_device = on_device
+        if config.resize not in ("host", "device"):
+            raise DataError(f"config.data.resize={config.resize!r}; expected host or device")
+        self._on_device = config.resize == "device"
         self._templates: tf.Tensor | None = None
         if not source.has_captions:
             self._templates = _templates(source, config.templates)

@@ -78,12 +78,7 @@ def train(
         first_step = int(state.step)
 
         host_batches = train_batches(
-            mixture,
-            order,
-            config,
-            preprocess.size,
-            program.architecture.text.context_length,
-            on_device=program.batch.box is not None,
+            mixture, order, config, preprocess.size, program.architecture.text.context_length
         )
         batches = stack.enter_context(
             contextlib.closing(

@@ -22,7 +22,6 @@ def small_step():
     config = importlib.import_module("configs.quickstart").get_config()
     config.train.update(batch_size=1024, dtype="bfloat16", unroll=1)
     config.optim.name = "adamw"  # Muon's own products are none of the model's
-    config.data.resize = "host"  # nor are those of the resize, a tenth of so small a model's
     return config
 
 
