@@ -140,7 +140,9 @@ class LayerNorm(nnx.LayerNorm):
 
 
 @jax.custom_vjp
-def matmul(rows: Float[Array, "N I"], kernel: Float[Array, "I O"]) -> Float[Array, "N O"]:
+def matmul(
+    rows: Float[Array, "N I"], kernel: Float[Array | np.ndarray, "I O"]
+) -> Float[Array, "N O"]:
     """The product in the rows' dtype; its gradient by the kernel comes in the kernel's.
 
     That gradient is a sum over all rows, on a mesh that splits parameters also over devices: in
@@ -163,7 +165,9 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @jax.custom_vjp
-def add(x: Float[Array, "*rows_and_axes"], weights: Float[Array, "*axes"]) -> Float[Array, "..."]:
+def add(
+    x: Float[Array, "*rows_and_axes"], weights: Float[Array | np.ndarray, "*axes"]
+) -> Float[Array, "..."]:
     """Adds a bias, or positions, in the dtype of x; as in `matmul`, their gradient is in theirs."""
     return x + weights.astype(x.dtype)
 
