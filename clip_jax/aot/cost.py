@@ -272,7 +272,8 @@ def _between_slices(
     transfer: str, sent: int, times: int, mesh_shape: Mapping[str, int], slices: int
 ) -> Collective:
     kind = {"ONE_TO_ONE": "collective-permute"}.get(transfer, transfer.lower().replace("_", "-"))
-    group = list(range(0, math.prod(mesh_shape.values()), math.prod(mesh_shape.values()) // slices))
+    devices = math.prod(mesh_shape.values())
+    group = list(range(0, devices, devices // slices))
     size = sent * slices if kind == "all-gather" else sent
     axes = _axes([group], mesh_shape)
     return Collective(kind, axes, slices, size, times, asynchronous=True, members=tuple(group))

@@ -121,9 +121,9 @@ def _most_saved(module: Module, computation: Computation) -> int:
         live += difference
         inside = (
             _most_saved(module, module.computations[name])
-            for attribute, names in instruction.called.items()
-            if instruction.opcode != "fusion" and attribute != "to_apply"
+            for names in instruction.called.values()
             for name in names
+            if name in module.computations and name not in module.fused
         )
         most = max(most, live + max(inside, default=0))
     return most
