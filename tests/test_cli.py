@@ -93,7 +93,11 @@ def test_the_quickstart_killed_at_a_random_moment_ends_with_the_same_figures(tmp
     process.communicate()
     assert figures(finished(quickstart(tmp_path / "killed", data_dir))) == figures(whole)
 
-    output, rows = evaluated(tmp_path, data_dir, "--dataset=glyphs")
+    output, rows = evaluated(tmp_path, data_dir, "--dataset=glyphs,glyph_captions,glyph_groups")
+    others = {row["dataset"]: row["metrics"] for row in rows if row["dataset"] != "glyphs"}
+    assert 0 < others["glyph_captions"]["acc"] < 1
+    assert set(others["glyph_groups"]) == {"script_acc", "family_acc"}
+    rows = [row for row in rows if row["dataset"] == "glyphs"]
     assert {row["task"] for row in rows} == {"zeroshot_classification", "zeroshot_retrieval"}
     assert set(rows[0]) == {"dataset", "model", "pretrained", "task", "metrics", "language"}
     found = {f"glyphs/{k}": f"{100 * v:.2f}" for row in rows for k, v in row["metrics"].items()}

@@ -101,6 +101,7 @@ def open_tfds(name: str, split: str, data_dir: str | None, labels: str = "") -> 
     pictures = [key for key in ("image", "video") if key in features]
     if not pictures:
         raise DataError(f"{name} has no feature `image`, only {', '.join(features)}")
+    texts = [key for key, of_key in features.items() if isinstance(of_key, tfds.features.Text)]
     decoders = {key: tfds.decode.SkipDecoding() for key in pictures}
 
     def examples() -> Iterator[Example]:
@@ -109,7 +110,13 @@ def open_tfds(name: str, split: str, data_dir: str | None, labels: str = "") -> 
         dataset = builder.as_dataset(split=split, decoders=decoders, read_config=reading)
         for number, example in enumerate(tfds.as_numpy(dataset)):
             image, label = take(example, features)
-            yield Example(f"{name}:{split}, {number}", _constant(image), label, _captions(example))
+            yield Example(
+                where=f"{name}:{split}, {number}",
+                image=_constant(image),
+                label=label,
+                captions=_captions(example),
+                attributes={key: example[key].decode("utf-8") for key in texts},
+            )
 
     return Labelled(f"tfds:{name}:{split} in {directory}", examples, names)
 

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from clip_jax.data.labelled import Labelled, open_folder
+from clip_jax.data.labelled import Labelled, open_folder, open_table
 from clip_jax.errors import DataError
 from clip_jax.eval.registry import (
     PLAIN_TEMPLATE,
@@ -72,7 +72,9 @@ class OpenDataset:
         """
         found = self.open(name)
         if found is None:
-            raise DataError(f"{self.where} has no split {name!r}, which the task needs")
+            table = self.entry.tables.get(name)
+            expected = f", as {self.entry.title} has it in {table}" if table else ""
+            raise DataError(f"{self.where} has no split {name!r}, which the task needs{expected}")
         return found
 
     def classes(self, source: Labelled) -> Classes:
@@ -125,7 +127,7 @@ def find(
     for folder in _folders(name, entry, data_dir):
         if folder.is_dir():
             own = entry or _own_entry(name, folder)
-            opener = functools.partial(open_folder, folder)
+            opener = functools.partial(_open_split, folder, own.tables)
             found: Sequence[OpenDataset] = [OpenDataset(own, str(folder), opener, folder)]
             break
         looked.append(f"{folder}/")
@@ -148,6 +150,13 @@ def _folders(name: str, entry: EvalDataset | None, data_dir: str | None) -> Iter
             path = epath.Path(data_dir).expanduser() / folder
             if entry is None or not _is_tfds(path):
                 yield path
+
+
+def _open_split(folder: epath.Path, tables: Mapping[str, str], split: str) -> Labelled | None:
+    if not tables:
+        return open_folder(folder, split)
+    path = folder / tables[split] if split in tables else None
+    return open_table(path) if path is not None and path.exists() else None
 
 
 def _is_tfds(path: epath.Path) -> bool:

@@ -9,6 +9,9 @@ A set is a TOML file:
     classes                  the file of `datasets/classes/` with its class names
     templates                prompts, {} standing for a class name; or templates_of = another set
     folders                  what its folder may be called under --data_dir, beside its own name
+    tables                   split -> the table in that folder, where it has a name of its own
+    attributes               the file of `datasets/bias/` that describes its groups
+    [replaced_words]         by kind, two words; each in the other's place makes a caption wrong
     [tfds]                   name (or names, whose results are averaged), the split that each of
                              train, validation, test means there, and how `labels` are derived
     [paper_examples]         the sizes of the paper's splits
@@ -50,7 +53,8 @@ class EvalDataset:
 
     Attributes:
         candidates: "all" classes are to choose from, or those "present" in the split.
-        ignore_other_classes: examples of classes that are not in `classes` are left out.
+        ignore_other_classes: examples of classes that are not in `classes` are left out, and, of
+            attributes, those of other values.
         figures: the paper's, in per cent: by task, by model.
     """
 
@@ -64,6 +68,9 @@ class EvalDataset:
     ignore_other_classes: bool = False
     suites: tuple[str, ...] = ()
     folders: tuple[str, ...] = ()
+    tables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    attributes: str = ""
+    replaced_words: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     tfds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     homepage: str = ""
     license: str = ""

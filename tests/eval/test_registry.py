@@ -80,6 +80,8 @@ def test_every_entry_is_complete(name):
     assert set(entry.tasks) <= set(TASKS)
     assert entry.figures or entry.no_figure, "a figure of the paper, or why there is none"
     assert entry.tfds or entry.folders or entry.note, "how to get it"
+    assert bool(entry.attributes) == ("bias" in entry.tasks)
+    assert all(len(set(words)) == 2 for words in entry.replaced_words.values())
     if "zero_shot" not in entry.tasks:
         return
     assert entry.templates

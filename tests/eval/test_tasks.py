@@ -1,5 +1,7 @@
 """Linear probe, few-shot, compositional and bias, from files to figures."""
 
+import dataclasses
+import io
 import json
 import sys
 
@@ -7,13 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clip_jax.data.labelled import Example, Labelled
 from clip_jax.errors import DataError
 from clip_jax.eval import Encoder, Options, evaluate
+from clip_jax.eval.opening import OpenDataset
+from clip_jax.eval.outcome import Data
 from clip_jax.eval.registry import datasets
 from clip_jax.eval.results import Results, architecture_name, paper_figures
 from clip_jax.eval.robustness import RESNET101, draw_robustness, effective_robustness
 from clip_jax.eval.run import Request, run
-from clip_jax.eval.tasks.bias import read_categories
+from clip_jax.eval.tasks.bias import bias, read_categories
+from clip_jax.eval.tasks.compositional import compositional
 from clip_jax.eval.tasks.retrieval import rank_both_ways
 from clip_jax.models import model_config
 from clip_jax.preprocess import Preprocess
@@ -174,10 +180,10 @@ def test_fairface_by_group_with_categories_on_request_only(encoder, fairface):
     assert {"race_acc", "gender_acc", "age_acc", "lp_race_acc"} <= set(plain.metrics)
     assert not [name for name in plain.metrics if name.endswith("_share")]
     groups = plain.details["groups"]
-    assert set(groups["gender accuracy by gender"]) == {"Male", "Female"}
-    mean = np.mean(list(groups["gender accuracy by gender"].values()))
+    assert set(groups["gender_acc by gender"]) == {"Male", "Female"}
+    mean = np.mean(list(groups["gender_acc by gender"].values()))
     assert mean == pytest.approx(plain.metrics["gender_acc"])  # ten of either
-    assert len(groups["race accuracy by race and gender"]) == 10
+    assert len(groups["race_acc by race and gender"]) == 10
     asked = Options(intervals=False, solver="sklearn", categories="paper")
     found = evaluate(encoder, "fairface", **options, options=asked)["bias"]
     assert {"non-human_share", "crime-related_share"} <= set(found.metrics)
@@ -186,6 +192,74 @@ def test_fairface_by_group_with_categories_on_request_only(encoder, fairface):
     )
     with pytest.raises(DataError, match="age '7' is none of FairFace's"):
         evaluate(encoder, "fairface", **options, options=QUICK)
+
+
+def opened(entry, captions, seed=0):
+    """Pictures and captions as a data set has them that is no folder; an unreadable one first."""
+    pictures = [b"no picture"]
+    for number in range(len(captions) - 1):
+        file = io.BytesIO()
+        Image.fromarray(picture("red", seed + number)).save(file, "PNG")
+        pictures.append(file.getvalue())
+    examples = [
+        Example(str(number), lambda content=content: content, None, (text,), {"caption": text})
+        for number, (content, text) in enumerate(zip(pictures, captions, strict=True))
+    ]
+    split = Labelled("memory", lambda: iter(examples))
+    return pictures, OpenDataset(entry, "memory", {"test": split}.get)
+
+
+def test_captions_with_a_word_replaced_are_told_from_the_right_ones(encoder):
+    captions = ["a small a", "a small b", "left to right", "a capital c", "none of them", "to left"]
+    words = {"case": ("small", "capital"), "side": ("left", "right")}
+    entry = dataclasses.replace(datasets()["glyph_captions"], replaced_words=words)
+    pictures, dataset = opened(entry, captions)
+    found = compositional(Data(dataset, encoder), QUICK)
+    expected = {
+        "case": [(1, "a capital b"), (3, "a small c")],
+        "side": [(2, "right to left"), (5, "to right")],
+    }
+    right = {kind: [] for kind in expected}
+    for kind, cases in expected.items():
+        for place, wrong in cases:
+            pixels = encoder.preprocess.resize(Image.open(io.BytesIO(pictures[place])))
+            own, other = encoder.texts([captions[place], wrong]) @ encoder.images(pixels[None])[0]
+            right[kind].append(own > other)
+    assert found.metrics == {
+        "acc": np.mean([*right["case"], *right["side"]]),
+        "acc_case": np.mean(right["case"]),
+        "acc_side": np.mean(right["side"]),
+    }
+    assert (found.examples, found.unreadable) == (4, 1)
+    with pytest.raises(DataError, match="no caption with a word to replace"):
+        compositional(Data(opened(entry, ["a", "b"])[1], encoder), QUICK)
+
+
+def test_groups_are_read_from_captions_and_others_are_left_out(encoder):
+    entry = datasets()["glyph_groups"]
+    scripts, families = ["latin", "greek", "hebrew"], ["sans", "sans mono", "stix"]
+    captions = [f"bold {f} {s} small letter a" for s in scripts for f in families]
+    _, dataset = opened(entry, ["sans latin digit one", *captions])
+    split = dataset.split("test")
+    faces = [{"face": text.partition(" small")[0].rpartition(" ")[0]} for text in captions]
+    examples = [
+        each._replace(attributes={**each.attributes, **face})
+        for each, face in zip(split.examples(), [{"face": "sans"}, *faces], strict=True)
+    ]
+    split = dataclasses.replace(split, examples=lambda: iter(examples))
+    dataset = dataclasses.replace(dataset, open={"test": split}.get)
+    found = bias(Data(dataset, encoder), QUICK)
+    assert set(found.metrics) == {"script_acc", "family_acc"}
+    assert (found.examples, found.unreadable) == (6, 1)  # without hebrew
+    groups = found.details["groups"]
+    assert set(groups["family_acc by script"]) == {"latin", "greek"}
+    assert set(groups["script_acc by family"]) == {"sans", "sans mono", "stix"}
+    assert len(groups["script_acc by script and family"]) == 6
+    assert np.mean(list(groups["script_acc by script and family"].values())) == pytest.approx(
+        found.metrics["script_acc"]
+    )
+    with pytest.raises(DataError, match="does not describe groups"):
+        bias(Data(opened(datasets()["glyphs"], ["a", "b"])[1], encoder), QUICK)
 
 
 def test_files_of_categories_say_what_is_wrong(tmp_path):

@@ -2,9 +2,11 @@
 
 SugarCrepe: a picture, its caption and a wrong one. Winoground: two pictures and two captions; the
 text is right when both pictures prefer theirs, the image when both captions do. Names of metrics as
-in CLIP_benchmark; a tie is no preference.
+in CLIP_benchmark; a tie is no preference. Where a data set names words that replace each other, its
+captions that hold one are scored against themselves with the other.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator, Sequence
@@ -22,11 +24,13 @@ _PICTURES = ("images", "val2017", ".")
 
 
 def compositional(data: Data, options: Options) -> Outcome:
-    """Scores the instances of the folder, by its form.
+    """Scores the instances of the folder, by its form, or captions with a word replaced.
 
     Raises:
-        DataError: not one of the two forms, or a picture that is missing or unreadable.
+        DataError: not one of the forms, or a picture that is missing or unreadable.
     """
+    if data.dataset.entry.replaced_words:
+        return _replaced_words(data, options)
     folder = data.dataset.folder
     if folder is None:
         raise DataError(f"{data.dataset.where} has no pairs of captions to choose from")
@@ -51,10 +55,37 @@ def _sugarcrepe(
             captions.append((row["caption"], row["negative_caption"]))
             groups.append(name)
     scores = _scores(data, folder, [[file] for file in files], captions)
-    right = (scores[:, 0, 0] > scores[:, 0, 1]).astype(np.float64)
+    return _of_groups(scores[:, 0, 0] > scores[:, 0, 1], groups, options)
+
+
+def _replaced_words(data: Data, options: Options) -> Outcome:
+    captions = [example.captions for example in data.split("test").examples()]
+    embedded = data.embedded("test")
+    rows, own, wrong, kinds = [], list[str](), list[str](), list[str]()
+    for row, place in enumerate(embedded.places):
+        for caption in captions[place]:
+            words = caption.split(" ")
+            for kind, (one, other) in data.dataset.entry.replaced_words.items():
+                swap = {one: other, other: one}
+                if not swap.keys().isdisjoint(words):
+                    rows.append(row)
+                    own.append(caption)
+                    wrong.append(" ".join(swap.get(word, word) for word in words))
+                    kinds.append(kind)
+    if not rows:
+        raise DataError(f"{data.dataset.where} has no caption with a word to replace")
+    images = embedded.image[rows]
+    margin = np.sum(images * (data.encoder.texts(own) - data.encoder.texts(wrong)), axis=1)
+    outcome = _of_groups(margin > 0, kinds, options)
+    return dataclasses.replace(outcome, unreadable=embedded.unreadable)
+
+
+def _of_groups(preferred: np.ndarray, groups: Sequence[str], options: Options) -> Outcome:
+    """The share of instances that prefer the right caption, of all and of each group."""
+    right = preferred.astype(np.float64)
     group = np.array(groups)
-    statistics: dict[str, Any] = {"acc": lambda weights: weighted_mean(right, weights)}
-    for name in subsets:
+    statistics: dict[str, Any] = {"acc": functools.partial(weighted_mean, right)}
+    for name in dict.fromkeys(groups):
         of_group = group == name
         statistics[f"acc_{name}"] = lambda weights, rows=of_group: weighted_mean(
             right[rows], weights[rows]
