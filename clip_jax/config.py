@@ -84,8 +84,8 @@ def default_config() -> ConfigDict:
                 "batch_size": 32_768,  # of all devices together
                 "dtype": "bfloat16",  # of compute; parameters and optimizer state are float32
                 # What the backward pass recomputes: none, dots, dots_no_hidden, full; or "auto",
-                # the first of these whose memory fits the devices.
-                "remat": "none",
+                # the first of these from dots on whose memory fits the devices.
+                "remat": "dots",
                 "unroll": 1,  # layers in one turn of the loop over them; more is faster on the CPU
                 "loss": "softmax",  # CLIP's; or SigLIP's "sigmoid", with model.logit_bias=True
                 # How a device meets the others' embeddings: "gather" holds all of them, "ring" two

@@ -15,5 +15,4 @@ def get_config():
     config = default_config()
     config.model.name = "RN50x64"
     config.optim.update(peak_lr=3.6e-4, beta2=0.999, eps=1e-8)  # the paper's for ResNets
-    config.train.remat = "dots"
     return config

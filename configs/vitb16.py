@@ -14,5 +14,4 @@ from clip_jax.config import default_config
 def get_config():
     config = default_config()
     config.model.name = "ViT-B/16"
-    config.train.remat = "dots"
     return config

@@ -17,6 +17,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
+# The tests, in all processes, and the programs that they start compile many of the same programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="clip_jax_xla_"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
 import jax
 import pytest
 import tensorflow as tf
@@ -32,10 +36,6 @@ tf.autograph.set_verbosity(0)
 
 # Shapes and dtypes in signatures are enforced wherever the tests go.
 install_import_hook("clip_jax", "beartype.beartype")
-
-# Many tests compile the same small programs; the cache lives as long as the process.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="clip_jax_xla_"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 import clip_jax  # noqa: E402, F401  (imported under the hook before any test module is)
 

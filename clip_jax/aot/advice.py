@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from clip_jax.aot.topology import Topology
 from clip_jax.errors import ConfigError, OutOfMemoryError
-from clip_jax.models.transformer import REMATS
+from clip_jax.models.transformer import AUTO_REMATS
 from clip_jax.sharding import make_mesh
 from clip_jax.training.program import make_program
 
@@ -45,9 +45,9 @@ def smallest_change(config: ConfigDict, topology: Topology, remat: str) -> str:
 
 
 def _changes(remat: str, config: ConfigDict) -> Iterator[dict[str, Any]]:
-    more = REMATS[REMATS.index(remat) + 1 :]  # type: ignore[arg-type]
-    yield from ({"train.remat": each} for each in more)
-    rest = {"train.remat": REMATS[-1]}
+    tried = [*AUTO_REMATS].index(remat) + 1 if remat in AUTO_REMATS else 0
+    yield from ({"train.remat": each} for each in AUTO_REMATS[tried:])
+    rest = {"train.remat": AUTO_REMATS[-1]}
     yield from (rest | {"mesh.fsdp": each} for each in _FSDP if each > config.mesh.fsdp)
     yield from (
         rest | {"train.accumulate": each} for each in _ACCUMULATE if each > config.train.accumulate

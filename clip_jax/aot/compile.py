@@ -12,7 +12,7 @@ from clip_jax.aot.memory import largest_arrays, memory_of, sizes_in, usable_byte
 from clip_jax.aot.report import Report, bounds, exchanges
 from clip_jax.aot.topology import get_topology
 from clip_jax.errors import OutOfMemoryError
-from clip_jax.models.transformer import REMATS
+from clip_jax.models.transformer import AUTO_REMATS
 from clip_jax.sharding import make_mesh
 from clip_jax.training.program import cheapest_that_fits, make_program, peak_bytes
 
@@ -50,7 +50,7 @@ def report_on(
             compiled = program.compile()
         refused = None
     except OutOfMemoryError as error:
-        program = make_program(config, mesh, REMATS[-1] if remat == "auto" else remat)
+        program = make_program(config, mesh, AUTO_REMATS[-1] if remat == "auto" else remat)
         refused = str(error)
     common = {
         "config": recipe,

@@ -5,7 +5,7 @@ Axis letters: B batch, T tokens, D width, F MLP width, L layers.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
@@ -30,14 +30,16 @@ from clip_jax.models.layers import (
 
 Remat = Literal["none", "dots", "dots_no_hidden", "full"]
 
-REMATS: tuple[Remat, ...] = get_args(Remat)  # from the one that recomputes least
 _named = jax.checkpoint_policies.save_only_these_names
 # BatchNorm's statistics are a few kilobytes, and come of a collective: always kept.
-REMAT_POLICIES = {
+REMAT_POLICIES: dict[Remat, Any] = {
     "dots": _named(NARROW, WIDE, STATISTICS),
     "dots_no_hidden": _named(NARROW, STATISTICS),
     "full": _named(STATISTICS),
 }
+# What `train.remat = "auto"` tries, from the one that recomputes least. Not "none": it also keeps
+# what lies between the products, which a TPU computes again faster than it fetches it.
+AUTO_REMATS = tuple(REMAT_POLICIES)
 
 
 def rematerialized(layer: Callable[..., Any], remat: Remat, *, in_loop: bool) -> Callable[..., Any]:

@@ -185,26 +185,26 @@ def _exact_gradients(count, mesh, embed, global_loss, scalars, copies, rows):
     divide, unite = _microbatches(count, mesh)
     earlier, last = divide(rows)
 
-    def embed_one(total, rows):
-        embeddings, moved = embed(copies, rows)
-        return jax.tree.map(jnp.add, total, moved), embeddings
-
     def embed_again(total, rows_and_cotangents):
         # After the backward pass before it, even in a loop of one turn, which the compiler unrolls.
         total, (rows, cotangents) = jax.lax.optimization_barrier((total, rows_and_cotangents))
         _, backward, _ = jax.vjp(lambda copies: embed(copies, rows), copies, has_aux=True)
         return jax.tree.map(jnp.add, total, backward(cotangents)[0]), None
 
+    if count > 1:
+        of_earlier = jax.lax.map(functools.partial(embed, copies), earlier)
+        # The last one's activations wait for the loss, but not for the others' forward passes.
+        last, of_earlier = jax.lax.optimization_barrier((last, of_earlier))
     embeddings, backward, moved = jax.vjp(lambda copies: embed(copies, last), copies, has_aux=True)
     if count > 1:
-        moved, of_earlier = jax.lax.scan(embed_one, moved, earlier)
-        embeddings = unite(of_earlier, embeddings)
-        moved = jax.tree.map(lambda x: x / count, moved)
+        earlier_embeddings, earlier_moved = of_earlier
+        embeddings = unite(earlier_embeddings, embeddings)
+        moved = jax.tree.map(lambda x, y: (x.sum(axis=0) + y) / count, earlier_moved, moved)
     value, (by_scalar, cotangents) = jax.value_and_grad(global_loss, (0, 1))(scalars, embeddings)
-    of_earlier, of_last = divide(cotangents)
+    cotangents_of_earlier, of_last = divide(cotangents)
     (found,) = backward(of_last)
     if count > 1:
-        found, _ = jax.lax.scan(embed_again, found, (earlier, of_earlier))
+        found, _ = jax.lax.scan(embed_again, found, (earlier, cotangents_of_earlier))
     return value, found, by_scalar, moved
 
 

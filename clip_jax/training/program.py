@@ -19,7 +19,7 @@ from clip_jax.data.batch import Batch
 from clip_jax.errors import ConfigError, OutOfMemoryError
 from clip_jax.models import CLIPConfig
 from clip_jax.models.flops import training_flops
-from clip_jax.models.transformer import REMATS, Remat
+from clip_jax.models.transformer import AUTO_REMATS, Remat
 from clip_jax.optim import frozen_towers, learning_rate_schedule, make_optimizer
 from clip_jax.preprocess import Preprocess
 from clip_jax.resize import canvas_size
@@ -139,7 +139,7 @@ def prepare(config: ConfigDict, mesh: Mesh) -> tuple[Program, Callable[..., Any]
         return program, program.step
     limit = memory_limit(mesh.devices.flat[0])
     if limit is None:
-        program = make_program(config, mesh, REMATS[0])
+        program = make_program(config, mesh, AUTO_REMATS[0])
         step = program.step
     else:
         program, step = cheapest_that_fits(config, mesh, limit)
@@ -172,12 +172,12 @@ def cheapest_that_fits(
     Raises:
         OutOfMemoryError: no policy fits; it is the last one's.
     """
-    for remat in REMATS:
+    for remat in AUTO_REMATS:
         program = make_program(config, mesh, remat)
         try:
             compiled = program.compile()
         except OutOfMemoryError:
-            if remat == REMATS[-1]:
+            if remat == AUTO_REMATS[-1]:
                 raise
             continue
         peak = peak_bytes(program, compiled)

@@ -160,4 +160,4 @@ def test_the_advice_is_the_first_change_that_compiles(small_config, monkeypatch,
     where = Topology("v5e:4x4", V5E, devices(4, 4), 1)
     small_config.lock()
     assert advice.smallest_change(small_config, where, "none").endswith(expected)
-    assert small_config.train.remat == "none"
+    assert small_config.train.remat == "dots"
