@@ -82,6 +82,7 @@ class _Rows:
         hosts: int,
     ):
         self._weights = mixture.weights
+        self._image_shape = functions[0].image_shape
         self._order = order
         self.faults = Faults(config.data.max_bad)
         self._rows = order.rows_per_stream(batch_size)
@@ -128,7 +129,14 @@ class _Rows:
         rows = tf.data.Dataset.choose_from_datasets(
             [reader.dataset() for reader in self._readers], turns
         )
-        rows = rows.batch(self._rows * len(self._streams), drop_remainder=True).prefetch(2)
+        # Pads while it copies a picture into the batch: a third of the time of doing first the one,
+        # then the other.
+        shapes = {name: spec.shape for name, spec in rows.element_spec.items()}
+        rows = rows.padded_batch(
+            self._rows * len(self._streams),
+            shapes | {"image": self._image_shape},
+            drop_remainder=True,
+        ).prefetch(2)
         # A thread that waits for storage computes nothing: as many more as may wait.
         options = pipeline_options(self._cores + len(self._readers))
         iterator = rows.with_options(options).as_numpy_iterator()

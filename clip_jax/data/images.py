@@ -161,11 +161,3 @@ def decode_canvas(
     branches = [whole, *(lambda scale=scale: at_scale(scale) for scale in _SCALES), resized]
     pixels, place = tf.switch_case(tf.cast(branch, tf.int32), branches)
     return tf.ensure_shape(pixels, [None, None, 3]), tf.ensure_shape(place, [4])
-
-
-def on_canvas(pixels: tf.Tensor, target: int) -> tf.Tensor:
-    """uint8 [h, w, 3] -> [canvas, canvas, 3], in its top left corner."""
-    canvas = canvas_size(target)
-    return tf.ensure_shape(
-        tf.image.pad_to_bounding_box(pixels, 0, 0, canvas, canvas), [canvas, canvas, 3]
-    )

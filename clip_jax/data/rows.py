@@ -17,6 +17,7 @@ from clip_jax.data.faults import Fault, Faults
 from clip_jax.data.order import Place, Stream
 from clip_jax.data.source import Features, Source
 from clip_jax.errors import DataError
+from clip_jax.resize import canvas_size
 
 LONGEST_CAPTION = 1 << 14  # bytes; the context holds far fewer
 
@@ -42,6 +43,7 @@ class RowFunction:
 
     Attributes:
         traced: the function.
+        image_shape: of pictures in a batch; a smaller one lies in the top left corner.
 
     Raises:
         DataError: a source without captions or labels, or options out of range.
@@ -55,6 +57,8 @@ class RowFunction:
         if config.resize not in ("host", "device"):
             raise DataError(f"config.data.resize={config.resize!r}; expected host or device")
         self._on_device = config.resize == "device"
+        side = canvas_size(size) if self._on_device else size
+        self.image_shape = (side, side, 3)
         self._templates: tf.Tensor | None = None
         if not source.has_captions:
             self._templates = _templates(source, config.templates)
@@ -72,7 +76,7 @@ class RowFunction:
         if self._on_device:
             pixels, place = images.decode_canvas(image, size, box, self._size)
             pixels = augment.recolor(pixels, self._options, draws)
-            return row | {"image": images.on_canvas(pixels, self._size), "box": place}
+            return row | {"image": pixels, "box": place}
         pixels = images.resize(images.decode_box(image, box), self._size)
         return row | {"image": augment.recolor(pixels, self._options, draws)}
 
