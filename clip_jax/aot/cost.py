@@ -10,6 +10,8 @@ import numpy as np
 
 from clip_jax.aot.hlo import Computation, Instruction, Module, Shape
 
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
 # ----------------------------------------------------------------------------- matrix products
 
 
@@ -99,6 +101,7 @@ def memory_traffic(module: Module) -> int:
 
     Each fusion (or instruction outside one) reads what it takes and writes what it gives; of an
     array of which it takes a slice only the slice, of one that it updates in place only the update.
+    A fusion that a collective runs beside also hands on the collective's arrays, untouched.
     """
     total = 0
     for name, instruction, times in module.instructions():
@@ -153,6 +156,8 @@ def _read(module: Module, computation: Computation, source: Instruction) -> int:
                 total += user.bytes
             elif user.opcode == "dynamic-update-slice" and number == 0:
                 total += 0
+            elif user.opcode in ("tuple", *_KINDS):
+                total += 0
             elif user.opcode == "bitcast":
                 total += _read(module, computation, user)
             elif user.opcode == "fusion":
@@ -174,14 +179,13 @@ def _written(computation: Computation, result: Instruction) -> int:
         return _written(computation, computation[result.operands[0]])
     if result.opcode == "dynamic-update-slice":
         return computation[result.operands[1]].bytes
-    return result.bytes
+    return 0 if result.opcode in ("parameter", *_KINDS) else result.bytes
 
 
 # ----------------------------------------------------------------------------- collectives
 
 # What the compiler hands to the runtime that joins slices, by its attribute.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True)

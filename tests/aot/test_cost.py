@@ -112,6 +112,30 @@ def test_traffic_is_what_fusions_read_and_write():
     assert memory_traffic(module) == (400 + 400 + 4) + 400 + (400 + 4) + (4800 + 4 + 4)
 
 
+BESIDE_A_GATHER = """\
+%with_gather (p: f32[100], whole: f32[800], x: f32[50]) -> (f32[100], f32[800], f32[800], f32[50]) {
+  %p = f32[100] parameter(0)
+  %whole = f32[800] parameter(1)
+  %x = f32[50] parameter(2)
+  %y = f32[50] negate(%x)
+  %all = f32[800] all-gather(%p), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %t = (f32[100], f32[800], f32[800], f32[50]) tuple(%p, %whole, %all, %y)
+}
+"""
+
+
+def test_what_a_collective_hands_on_is_not_the_traffic_of_the_fusions_beside_it():
+    module = entry(
+        "%p = f32[100] parameter(0)",
+        "%w = f32[800] parameter(1)",
+        "%x = f32[50] parameter(2)",
+        "ROOT %f = (f32[100], f32[800], f32[800], f32[50]) fusion(%p, %w, %x), kind=kOutput, "
+        "calls=%with_gather",
+        computations=BESIDE_A_GATHER,
+    )
+    assert memory_traffic(module) == 200 + 200
+
+
 def test_prefetches_count_once():
     module = entry(
         "%a = f32[100] parameter(0)",

@@ -25,6 +25,11 @@ def small_step():
     return config
 
 
+# Of two layers of ViT-B/16 and of its text tower, 512 pairs on four chips. 20.0 GB where products
+# are kept as matrices of all rows, which a TPU lays out in another way.
+TRAFFIC = 15.8e9
+
+
 @pytest.fixture(scope="module")
 def report(v5e_pod, tmp_path_factory):
     """On four chips."""
@@ -66,6 +71,16 @@ def test_nothing_is_recomputed_and_the_report_is_plain_data(report):
         found["model_flops_per_chip"] / 197e12
     )
     assert "fits: 0.3" in report.to_text()
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
+def test_no_more_passes_through_memory_than_did(v5e_pod):
+    config = importlib.import_module("configs.vitb16").get_config()
+    config.train.batch_size = 512
+    config.model.vision.layers = config.model.text.layers = 2
+    found = report_on(config, "v5e:2x2").to_dict()
+    assert found["memory_traffic_bytes_per_chip"] == pytest.approx(TRAFFIC, rel=TOLERANCE)
 
 
 @pytest.mark.slow
