@@ -94,6 +94,7 @@ _FREE = {
 }  # fmt: skip
 _FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast")  # of custom calls
 _SLICES = ("dynamic-slice", "slice", "gather")
+_HANDED_ON = {"parameter", "constant", "tuple", *_KINDS}  # within a fusion
 
 
 def memory_traffic(module: Module) -> int:
@@ -150,13 +151,11 @@ def _read(module: Module, computation: Computation, source: Instruction) -> int:
     total = 0
     for user in computation.values():
         for number, name in enumerate(user.operands):
-            if name != source.name or user.opcode in ("parameter", "constant"):
+            if name != source.name or user.opcode in _HANDED_ON:
                 continue
             if user.opcode in _SLICES and number == 0:
                 total += user.bytes
             elif user.opcode == "dynamic-update-slice" and number == 0:
-                total += 0
-            elif user.opcode in ("tuple", *_KINDS):
                 total += 0
             elif user.opcode == "bitcast":
                 total += _read(module, computation, user)
