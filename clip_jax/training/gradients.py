@@ -82,9 +82,10 @@ def make_gradients(
         clip = model.merge(_join(*params), batch_stats)
         training = Training(keys, over_rows.axis_names)
         pixels = batch.image
+        if batch.box is not None:
+            resize = functools.partial(crop_resize, size=preprocess.size)
+            pixels = over_rows.by_itself(resize)(pixels, batch.box)
         with over_rows.tracing():
-            if batch.box is not None:
-                pixels = crop_resize(pixels, batch.box, preprocess.size)
             image = clip.encode_image(
                 preprocess.normalize(pixels), normalize=True, training=training
             )
@@ -140,6 +141,10 @@ class _OverRows:
             (BATCH_SPEC, P(), BATCH_SPEC),
             (BATCH_SPEC, P()),
         )
+
+    def by_itself(self, function: Callable[..., Array]) -> Callable[..., Array]:
+        """Rows -> rows, each device on its own even where the partitioner has the work."""
+        return function if self.axis_names else self._on_each(function, BATCH_SPEC, BATCH_SPEC)
 
     def copies(self, params: Any) -> Any:
         """[...] -> [devices, ...]: parameters whose gradient is that of each device's own rows.

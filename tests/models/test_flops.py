@@ -40,6 +40,9 @@ def traced_flops(jaxpr):
         elif equation.primitive.name == "conv_general_dilated":
             rhs = equation.params["dimension_numbers"].rhs_spec
             total += 2 * math.prod(shapes[-1]) * math.prod(shapes[1]) // shapes[1][rhs[0]]
+        elif equation.primitive.name == "cond":  # a way for each kind of backend
+            (of_branch,) = {traced_flops(each.jaxpr) for each in equation.params["branches"]}
+            total += of_branch
         turns = equation.params["length"] if equation.primitive.name == "scan" else 1
         for parameter in equation.params.values():
             inner = getattr(parameter, "jaxpr", parameter)

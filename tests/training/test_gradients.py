@@ -145,8 +145,9 @@ def test_patch_dropout_without_accumulation_drops_the_same(plain):
     assert_equal(found(DROPPING, mesh_of(8, 1, 1)), plain("DROPPING"))
 
 
-def test_pictures_that_the_step_crops_and_resizes_give_the_same_gradient(plain):
-    assert_equal(found(VIT, mesh_of(2, 1, 1), on_canvas, accumulate=2), plain("VIT"))
+@pytest.mark.parametrize("shape", [(2, 1, 1), (2, 2, 2)])
+def test_pictures_that_the_step_crops_and_resizes_give_the_same_gradient(shape, plain):
+    assert_equal(found(VIT, mesh_of(*shape), on_canvas, accumulate=2), plain("VIT"))
 
 
 @pytest.mark.slow
