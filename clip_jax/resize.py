@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 _PRECISION = jax.lax.Precision.HIGH  # levels are exact in bfloat16, weights are not
-# Pictures at once. With the whole batch at once, the compiler for TPUs leaves arrays of the towers in
-# main memory that it else holds on the chip.
+# Pictures at once. With the whole batch, the compiler for TPUs leaves arrays of the towers in
+# main memory that it else holds on the chip (docs/data.md).
 _AT_ONCE = 16
 
 
