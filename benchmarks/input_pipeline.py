@@ -64,7 +64,7 @@ def write(pictures: list[bytes], folder: Path) -> None:
     main([f"{folder}/*.tar", f"--out={folder}/tfrecord", "--format=tfrecord"])
 
 
-def ours(folder: Path, kind: str, resize: str, size: int) -> Iterator[int]:
+def ours(folder: Path, kind: str, size: int, *, on_device: bool = False) -> Iterator[int]:
     """Rows of batch after batch."""
     from clip_jax.config import default_config
     from clip_jax.data.batches import train_batches
@@ -76,11 +76,10 @@ def ours(folder: Path, kind: str, resize: str, size: int) -> Iterator[int]:
     config.data.update(
         train=f"{folder}/*.tar" if kind == "tar" else f"{folder}/tfrecord/*.tfrecord",
         resized_crop=(0.9, 1.0),
-        resize=resize,
     )
     mixture = open_mixture(config.data.train, config.data)
     order = Order.start(mixture, 0, config.data.streams, config.data.shuffle_bytes)
-    for taken in train_batches(mixture, order, config, size, 77):
+    for taken in train_batches(mixture, order, config, size, 77, on_device=on_device):
         yield len(taken.batch.tokens)
 
 
@@ -162,9 +161,9 @@ def contend(name: str, folder: Path, size: int, seconds: float) -> None:
     makers: dict[str, Callable[[], Iterator[int]]] = {
         "bare decoding": lambda: bare(folder, cores),
         "open_clip": lambda: theirs(folder, cores, size),
-        "tar": lambda: ours(folder, "tar", "host", size),
-        "tfrecord": lambda: ours(folder, "tfrecord", "host", size),
-        "tar, device": lambda: ours(folder, "tar", "device", size),
+        "tar": lambda: ours(folder, "tar", size),
+        "tfrecord": lambda: ours(folder, "tfrecord", size),
+        "tar, device": lambda: ours(folder, "tar", size, on_device=True),
     }
     print(json.dumps(measure(makers[name](), seconds)), flush=True)
     os._exit(0)  # workers are not waited for

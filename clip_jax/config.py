@@ -72,9 +72,9 @@ def default_config() -> ConfigDict:
                 "color_jitter": (0.0, 0.0, 0.0, 0.0),
                 "color_jitter_prob": 0.8,
                 "gray_prob": 0.0,
-                # Where crops are resized: "host", or "device", in the train step, so that the host
-                # only decodes; see docs/data.md.
-                "resize": "host",
+                # Where crops are resized: on the "host"; on the "device", in the train step, so
+                # that the host only decodes (docs/data.md); or "auto": on accelerators.
+                "resize": "auto",
                 # Of the pixels in [0, 1], by channel; the default is CLIP's.
                 "mean": MEAN,
                 "std": STD,

@@ -32,7 +32,13 @@ class TrainBatch(NamedTuple):
 
 
 def train_batches(
-    mixture: Mixture, order: Order, config: ConfigDict, image_size: int, context_length: int
+    mixture: Mixture,
+    order: Order,
+    config: ConfigDict,
+    image_size: int,
+    context_length: int,
+    *,
+    on_device: bool = False,
 ) -> Iterator[TrainBatch]:
     """Endless batches from where `order` stands.
 
@@ -45,6 +51,7 @@ def train_batches(
         config: of the run; the `data` section and train.batch_size.
         image_size: of the square pictures.
         context_length: of the tokens.
+        on_device: leave the resize to the train step: pictures come with the box of their crop.
 
     Raises:
         DataError: a mixture without captions, streams that hosts or batch cannot share out, or more
@@ -55,7 +62,10 @@ def train_batches(
     host, hosts = jax.process_index(), jax.process_count()
     order.rows_per_stream(batch_size)
     order.own_streams(host, hosts)
-    functions = [RowFunction(source, config.data, image_size) for source in mixture.sources]
+    functions = [
+        RowFunction(source, config.data, image_size, on_device=on_device)
+        for source in mixture.sources
+    ]
     rows = _Rows(mixture, functions, order, config, batch_size, host, hosts)
     # Captions become tokens while the device is fed with the batch before.
     ahead = Prefetch(

@@ -40,6 +40,7 @@ class RowFunction:
         source: whose records they are.
         config: the `data` section.
         size: of the square picture.
+        on_device: leave the resize to the train step.
 
     Attributes:
         traced: the function.
@@ -49,15 +50,13 @@ class RowFunction:
         DataError: a source without captions or labels, or options out of range.
     """
 
-    def __init__(self, source: Source, config: ConfigDict, size: int):
+    def __init__(self, source: Source, config: ConfigDict, size: int, *, on_device: bool = False):
         self._source = source
         self._size = size
         self._max_pixels = config.max_pixels
         self._options = Augmentation.from_config(config)
-        if config.resize not in ("host", "device"):
-            raise DataError(f"config.data.resize={config.resize!r}; expected host or device")
-        self._on_device = config.resize == "device"
-        side = canvas_size(size) if self._on_device else size
+        self._on_device = on_device
+        side = canvas_size(size) if on_device else size
         self.image_shape = (side, side, 3)
         self._templates: tf.Tensor | None = None
         if not source.has_captions:

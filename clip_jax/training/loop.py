@@ -78,7 +78,12 @@ def train(
         first_step = int(state.step)
 
         host_batches = train_batches(
-            mixture, order, config, preprocess.size, program.architecture.text.context_length
+            mixture,
+            order,
+            config,
+            preprocess.size,
+            program.architecture.text.context_length,
+            on_device=program.batch.box is not None,
         )
         batches = stack.enter_context(
             contextlib.closing(

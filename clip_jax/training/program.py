@@ -118,7 +118,7 @@ def make_program(config: ConfigDict, mesh: Mesh, remat: Remat | None = None) -> 
         seed=config.seed,
     )
     flops = training_flops(model_config, frozen_towers(model.params, frozen))
-    on_device = config.data.resize == "device"
+    on_device = resizes_on_device(config.data.resize, mesh.devices.flat[0])
     batch = _abstract_batch(model_config, config.train.batch_size, mesh, on_device)
     return Program(
         model_config, preprocess, mesh, remat, model, optimizer, target, batch, step, flops
@@ -146,6 +146,17 @@ def prepare(config: ConfigDict, mesh: Mesh) -> tuple[Program, Callable[..., Any]
     if jax.process_index() == 0:
         logging.info("train.remat=auto: %s", program.remat)
     return program, step
+
+
+def resizes_on_device(resize: str, device: Any) -> bool:
+    """Whether the train step on such devices resizes the crops, by `config.data.resize`.
+
+    Raises:
+        ConfigError: it is none of the choices.
+    """
+    if resize not in ("auto", "host", "device"):
+        raise ConfigError(f"config.data.resize={resize!r}: choose one of auto, host, device")
+    return resize == "device" or (resize == "auto" and device.platform != "cpu")
 
 
 def memory_limit(device: jax.Device) -> int | None:

@@ -9,7 +9,7 @@ from clip_jax.aot.compile import report_on
 
 # What the compiler of libtpu 0.0.42 makes of it. A change that moves them on purpose records them
 # anew and says in its commit why.
-PEAK = 354_370_048
+PEAK = 249103360
 TOLERANCE = 0.1  # of bytes; counts must be equal
 COLLECTIVES = {  # both sides' embeddings, peak and total of both; gradients and the loss's scalars
     "all-gather": {"count": 6, "bytes": 2 * 2 * 1024 * 128 + 4 * 4 * 1024},
@@ -22,6 +22,7 @@ def small_step():
     config = importlib.import_module("configs.quickstart").get_config()
     config.train.update(batch_size=1024, dtype="bfloat16", unroll=1)
     config.optim.name = "adamw"  # Muon's own products are none of the model's
+    config.data.resize = "host"  # nor are those of the resize, a tenth of so small a model's
     return config
 
 
@@ -70,7 +71,7 @@ def test_nothing_is_recomputed_and_the_report_is_plain_data(report):
     assert max(found["bound_seconds"].values()) * found["mfu_bound"] == pytest.approx(
         found["model_flops_per_chip"] / 197e12
     )
-    assert "fits: 0.3" in report.to_text()
+    assert "fits: 0.25 GB" in report.to_text()
 
 
 @pytest.mark.slow
@@ -78,6 +79,7 @@ def test_nothing_is_recomputed_and_the_report_is_plain_data(report):
 def test_no_more_passes_through_memory_than_did(v5e_pod):
     config = importlib.import_module("configs.vitb16").get_config()
     config.train.batch_size = 512
+    config.data.resize = "host"
     config.model.vision.layers = config.model.text.layers = 2
     found = report_on(config, "v5e:2x2").to_dict()
     assert found["memory_traffic_bytes_per_chip"] == pytest.approx(TRAFFIC, rel=TOLERANCE)

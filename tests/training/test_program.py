@@ -1,6 +1,7 @@
 """The program that a config describes, and `train.remat = auto`."""
 
 import contextlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from clip_jax.training.program import (
     memory_limit,
     peak_bytes,
     prepare,
+    resizes_on_device,
 )
 from clip_jax.training.state import initial_state
 
@@ -59,17 +61,28 @@ def compiler(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("resize", ["host", "device"])
+@pytest.mark.parametrize("resize", ["auto", "host", "device"])
 def test_the_batch_is_the_one_that_the_data_gives(config, mesh, resize):
     config.data.resize = resize
     program = make_program(config, mesh)
     mixture = open_mixture(config.data.train, config.data)
     order = Order.start(mixture, config.seed, config.data.streams, config.data.shuffle_bytes)
-    batches = train_batches(mixture, order, config, 32, program.architecture.text.context_length)
+    length, on_device = program.architecture.text.context_length, program.batch.box is not None
+    assert on_device == (resize == "device")  # these devices are no accelerators
+    batches = train_batches(mixture, order, config, 32, length, on_device=on_device)
     with contextlib.closing(batches):
         found = shard_batch(next(batches).batch, mesh)
     described = jax.tree.map(lambda array: (array.shape, array.dtype, array.sharding), found)
     assert described == jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), program.batch)
+
+
+def test_accelerators_resize_unless_told_otherwise(config, mesh):
+    tpu = types.SimpleNamespace(platform="tpu")
+    found = [resizes_on_device(choice, tpu) for choice in ("auto", "host", "device")]
+    assert found == [True, False, True]
+    config.data.resize = "nowhere"
+    with pytest.raises(ConfigError, match="'nowhere': choose one of auto, host, device"):
+        make_program(config, mesh)
 
 
 def test_a_batch_that_the_devices_cannot_share_out_is_refused(config):
