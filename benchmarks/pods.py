@@ -57,6 +57,7 @@ def compile_row(row: Row, timeout: float) -> dict[str, Any] | None:
             f"--config=configs/{row.recipe}.py",
             f"--topology={row.topology}",
             f"--json={file.name}",
+            "--config.data.resize=host",  # docs/data.md has what the device's costs
             *(f"--config.{override}" for override in row.overrides),
         ]
         print(" ".join(command[1:]), flush=True)
