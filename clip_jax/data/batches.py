@@ -139,7 +139,7 @@ class _Rows:
         rows = tf.data.Dataset.choose_from_datasets(
             [reader.dataset() for reader in self._readers], turns
         )
-        # Pads while it copies a picture into the batch: padding it first took as long as decoding it.
+        # Pads while it copies a picture into the batch: padding first took as long as decoding.
         shapes = {name: spec.shape for name, spec in rows.element_spec.items()}
         rows = rows.padded_batch(
             self._rows * len(self._streams),
