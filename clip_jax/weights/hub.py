@@ -53,73 +53,87 @@ def fetch(name: str, optional: Sequence[str] = ()) -> Path:
     match = _NAME.fullmatch(name)
     if not match:
         raise WeightsError(f"{PREFIX}{name}: expected {PREFIX}owner/name or {PREFIX}owner/name@rev")
-    repository, revision = match["repository"], match["revision"]
+    repository = _Repository(match["repository"], match["revision"])
     for config, candidates in FORMS.items():
-        found = _file(repository, revision, config)
+        found = repository.file(config)
         if found is None:
             continue
         for candidate in candidates:
-            weights = _file(repository, revision, candidate)
+            weights = repository.file(candidate)
             if weights is None:
                 continue
             if candidate == transformers.INDEX:
-                _fetch_shards(repository, revision, weights)
+                _fetch_shards(repository, weights)
             for extra in (*BESIDE[config], *optional):
-                _file(repository, revision, extra)
+                repository.file(extra)
             return found.parent
     forms = "; ".join(f"{config} with {' or '.join(files)}" for config, files in FORMS.items())
-    raise WeightsError(f"{PREFIX}{name} holds no CLIP in a known form: expected {forms}")
+    raise WeightsError(f"{repository} holds no CLIP in a known form: expected {forms}")
 
 
-def _fetch_shards(repository: str, revision: str | None, index: Path) -> None:
-    for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
-        if _file(repository, revision, shard) is None:
-            raise WeightsError(f"{PREFIX}{repository} lists {shard}, but does not hold it")
+class _Repository:
+    """The files of a repository: of the hub, or, once that could not be reached, of the cache.
 
+    The client tries for half a minute before it gives the hub up, so that is left to it only once.
+    """
 
-def _file(repository: str, revision: str | None, filename: str) -> Path | None:
-    """One file of a repository in the cache, or None where the repository does not have it."""
-    import huggingface_hub as hub
-    from huggingface_hub import errors
+    def __init__(self, name: str, revision: str | None):
+        self.name, self.revision = name, revision
+        self.reachable = True
 
-    where = f"{PREFIX}{repository}" + (f"@{revision}" if revision else "")
-    try:
-        path = hub.hf_hub_download(
-            repository,
-            filename,
-            revision=revision,
-            library_name="clip_jax",
-            library_version=__version__,
-        )
-    except errors.LocalEntryNotFoundError as error:
-        cached = hub.try_to_load_from_cache(repository, filename, revision=revision)
-        if cached is hub.file_download._CACHED_NO_EXIST:
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.name}" + (f"@{self.revision}" if self.revision else "")
+
+    def file(self, filename: str) -> Path | None:
+        """One file in the cache, or None where the repository does not have it."""
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+
+        try:
+            path = hub.hf_hub_download(
+                self.name,
+                filename,
+                revision=self.revision,
+                local_files_only=not self.reachable,
+                library_name="clip_jax",
+                library_version=__version__,
+            )
+        except errors.LocalEntryNotFoundError as error:
+            self.reachable = False
+            cached = hub.try_to_load_from_cache(self.name, filename, revision=self.revision)
+            if cached is hub.file_download._CACHED_NO_EXIST:
+                return None
+            raise WeightsError(
+                f"{self}: {filename} is not in the cache, and the hub cannot be reached: check the "
+                "network, HF_ENDPOINT and HF_HUB_OFFLINE, or give the path of a local copy"
+            ) from error
+        except errors.EntryNotFoundError:
             return None
-        raise WeightsError(
-            f"{where}: {filename} is not in the cache, and the hub cannot be reached: check the "
-            "network, HF_ENDPOINT and HF_HUB_OFFLINE, or give the path of a local copy"
-        ) from error
-    except errors.EntryNotFoundError:
-        return None
-    except errors.GatedRepoError as error:
-        raise WeightsError(
-            f"{where} is gated: accept its terms on its page, then `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise WeightsError(f"{where}: the repository has no such revision") from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise WeightsError(
-            f"{where}: no such repository on the hub; or it is private, and then `hf auth login`"
-        ) from error
-    except (
-        Exception
-    ) as error:  # whatever the client's transport raises, in this version or the next
-        raise WeightsError(
-            f"{where}: the download of {filename} failed ({_first_line(error)}); the same command "
-            "tries again, and goes on where it stopped"
-        ) from error
-    logging.info("%s: %s", where, path)
-    return Path(path)
+        except errors.GatedRepoError as error:
+            raise WeightsError(
+                f"{self} is gated: accept its terms on its page, then `hf auth login`"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise WeightsError(f"{self}: the repository has no such revision") from error
+        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+            raise WeightsError(
+                f"{self}: no such repository on the hub; or it is private, and then `hf auth login`"
+            ) from error
+        except (
+            Exception
+        ) as error:  # whatever the client's transport raises, in this version or the next
+            raise WeightsError(
+                f"{self}: the download of {filename} failed ({_first_line(error)}); the same "
+                "command tries again, and goes on where it stopped"
+            ) from error
+        logging.info("%s: %s", self, path)
+        return Path(path)
+
+
+def _fetch_shards(repository: _Repository, index: Path) -> None:
+    for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+        if repository.file(shard) is None:
+            raise WeightsError(f"{repository} lists {shard}, but does not hold it")
 
 
 def _first_line(error: Exception) -> str:
