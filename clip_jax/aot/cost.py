@@ -75,13 +75,20 @@ def _window(instruction: Instruction) -> Iterator[tuple[int, int, int, int, int]
 def _taps(
     length: int, results: int, size: int, stride: int, padding: int, hole: int, spread: int
 ) -> int:
-    """Pairs of a position in the result and a tap of the kernel that are multiplied."""
-    positions = np.arange(results)[:, None] * stride + np.arange(size) * spread - padding
-    inside = (positions >= 0) & (positions < (length - 1) * hole + 1)
-    if hole > 1 or length == 1:
-        inside &= positions % hole == 0
-        return int(inside.sum())
-    return results * size
+    """Pairs of a position in the result and a tap of the kernel that are multiplied.
+
+    Solved, not enumerated: of products that a TPU writes as convolutions, both are as many as rows.
+    """
+    if hole == 1 and length > 1:
+        return results * size
+    place = np.arange(length) * hole + padding  # = result * stride + tap * spread
+    common = math.gcd(stride, spread)
+    period = spread // common  # from one result that solves it to the next
+    first = place // common * pow(stride // common, -1, period) % period
+    low = np.maximum(0, -(((size - 1) * spread - place) // stride))  # with the last tap
+    high = np.minimum(results - 1, place // stride)
+    counts = (high - first) // period - (low - 1 - first) // period
+    return int(np.maximum(counts, 0)[place % common == 0].sum())
 
 
 # ----------------------------------------------------------------------------- memory traffic

@@ -1,5 +1,7 @@
 """What a program costs, where the cost is known: by hand, and by what XLA compiles."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -60,6 +62,26 @@ def test_convolutions_and_their_gradients(stride):
     assert matmul_flops(by_weight) == 2 * one
 
 
+def test_taps_on_holes_do_not_count_whatever_the_window():
+    for length, results, size, stride, low, hole, spread in itertools.product(
+        (1, 5), (1, 4), (1, 3), (1, 2, 3), (-1, 0, 2), (2, 3), (1, 2, 4)
+    ):
+        module = entry(
+            f"%x = f32[1,{length},1] parameter(0)",
+            f"%w = f32[{size},1,1] parameter(1)",
+            f"ROOT %c = f32[1,{results},1] convolution(%x, %w), window={{size={size} "
+            f"stride={stride} pad={low}_0 lhs_dilate={hole} rhs_dilate={spread}}}, "
+            "dim_labels=b0f_0io->b0f",
+        )
+        values = {position * hole for position in range(length)}
+        met = [
+            result * stride + tap * spread - low in values
+            for result in range(results)
+            for tap in range(size)
+        ]
+        assert matmul_flops(module) == 2 * sum(met)
+
+
 def test_batched_products_that_a_tpu_writes_as_convolutions():
     # 128 x 8 products of [77, 64] and [64, 77]: batch dimensions as dilated spatial ones.
     module = entry(
@@ -69,6 +91,14 @@ def test_batched_products_that_a_tpu_writes_as_convolutions():
         "lhs_dilate=128x8}, dim_labels=0b1f_0o1i->01bf",
     )
     assert matmul_flops(module) == 2 * 128 * 8 * 77 * 77 * 64
+    # As many rows as a chip has texts, in a large batch: too many to try them with each other.
+    module = entry(
+        "%q = bf16[65536,8,16,64] parameter(0)",
+        "%k = bf16[65536,8,16,64] parameter(1)",
+        "ROOT %c = f32[65536,8,16,16] convolution(%q, %k), window={size=65536x8 stride=65535x7 "
+        "lhs_dilate=65536x8}, dim_labels=01bf_01oi->01bf",
+    )
+    assert matmul_flops(module) == 2 * 65536 * 8 * 16 * 16 * 64
     # A product with each of 12 heads' columns: one position, slid along the padding.
     module = entry(
         "%x = bf16[768,6400,1] parameter(0)",
