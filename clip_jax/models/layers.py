@@ -5,6 +5,7 @@ Axis letters: B batch, T tokens, S queries, D width, K heads, H head width, F ML
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
@@ -25,32 +26,47 @@ NARROW, WIDE = "narrow product", "wide product"
 STATISTICS = "statistics"
 
 
-_row_sharding: contextvars.ContextVar[Callable[[int], Any] | None] = contextvars.ContextVar(
-    "row_sharding", default=None
-)
+# Of attention's scores, float32, so many bytes are computed at once where a step is compiled for
+# many rows: what fits into a TPU's vector memory is never written to its main memory.
+SCORES_AT_ONCE = 2**24
+
+
+class Rows(NamedTuple):
+    """Where the rows of a batch lie; see `rows_lie`."""
+
+    devices: int
+    sharding: Callable[[int], Any] | None
+
+
+_rows: contextvars.ContextVar[Rows | None] = contextvars.ContextVar("rows", default=None)
 
 
 @contextlib.contextmanager
-def rows_stay(sharding: Callable[[int], Any]) -> Iterator[None]:
-    """While a model is traced: activations keep their rows where the batch has them.
+def rows_lie(devices: int = 1, sharding: Callable[[int], Any] | None = None) -> Iterator[None]:
+    """While a model is traced: tells it where the rows of its activations are, and to keep them so.
 
-    Where the partitioner is to place parameters that are split, too, it might rather split the
-    features, and gather the rows of the whole batch.
+    Knowing that, attention goes through them in groups. Without the sharding, a partitioner that
+    places parameters that are split, too, might rather split the features, and gather the rows of
+    the whole batch.
 
     Args:
-        sharding: of an array of so many axes, the first of which are the rows.
+        devices: that share out the rows of an array, as it is traced: 1 inside `jax.shard_map`.
+        sharding: of an array of so many axes, the first of which are the rows; None: they are one
+            device's own.
     """
-    token = _row_sharding.set(sharding)
+    token = _rows.set(Rows(devices, sharding))
     try:
         yield
     finally:
-        _row_sharding.reset(token)
+        _rows.reset(token)
 
 
 def keep_rows(x: Array) -> Array:
-    """Marks activations for `rows_stay`."""
-    sharding = _row_sharding.get()
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding(x.ndim))
+    """Marks activations, whose leading axis is the rows, with the sharding of `rows_lie`."""
+    rows = _rows.get()
+    if rows is None or rows.sharding is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, rows.sharding(x.ndim))
 
 
 class Training(NamedTuple):
@@ -285,10 +301,50 @@ class Attention(nnx.Module):
         """What the queries find among the tokens; without queries the tokens ask themselves."""
         q_BSKH = self.query(x_BTD if queries_BSD is None else queries_BSD)
         k_BTKH, v_BTKH = self.key(x_BTD), self.value(x_BTD)
-        found_BSKH = jax.nn.dot_product_attention(
-            q_BSKH, k_BTKH, v_BTKH, is_causal=self.causal, implementation=_fused_kernel(q_BSKH)
+        attend = functools.partial(
+            jax.nn.dot_product_attention,
+            is_causal=self.causal,
+            implementation=(kernel := _fused_kernel(q_BSKH)),
         )
-        return self.out(found_BSKH)
+        group = len(q_BSKH) if kernel else _rows_at_once(q_BSKH, k_BTKH)
+        if group < len(q_BSKH):
+            attend = functools.partial(_attend_in_groups, attend, group)
+        found_BSKH = attend(q_BSKH, k_BTKH, v_BTKH)
+        heads_as_one = found_BSKH.reshape(*found_BSKH.shape[:2], -1)
+        return self.out(checkpoint_name(heads_as_one, NARROW).reshape(found_BSKH.shape))
+
+
+def _rows_at_once(q_BSKH: Array, k_BTKH: Array) -> int:
+    """How many rows, of all devices together, have no more than `SCORES_AT_ONCE` on a device."""
+    rows, (batch, queries, heads, _) = _rows.get(), q_BSKH.shape
+    if rows is None or batch % rows.devices:
+        return batch
+    own, bytes_of_one = batch // rows.devices, 4 * heads * queries * k_BTKH.shape[1]
+    fitting = (n for n in range(own, 1, -1) if own % n == 0 and n * bytes_of_one <= SCORES_AT_ONCE)
+    return rows.devices * next(fitting, 1)
+
+
+def _attend_in_groups(
+    attend: Callable[..., Array], size: int, q_BSKH: Array, k_BTKH: Array, v_BTKH: Array
+) -> Array:
+    """`attend`, `size` rows after `size` rows; the backward pass computes their scores again.
+
+    A group has every so many-th row, so that each device has its share of every group. Between
+    products and groups the heads are one axis, see `Dense`.
+    """
+    heads = q_BSKH.shape[2]
+
+    def in_groups(x_BTKH: Array) -> Array:
+        x_BTD = x_BTKH.reshape(size, -1, x_BTKH.shape[1], heads * x_BTKH.shape[3])
+        return jnp.moveaxis(keep_rows(x_BTD), 1, 0)
+
+    def attend_group(qkv: tuple[Array, Array, Array]) -> Array:
+        found = attend(*(keep_rows(x.reshape(*x.shape[:2], heads, -1)) for x in qkv))
+        return keep_rows(found.reshape(*found.shape[:2], -1))
+
+    attend_group = jax.checkpoint(attend_group, prevent_cse=False)  # in a loop it is no use
+    found = jax.lax.map(attend_group, tuple(in_groups(x) for x in (q_BSKH, k_BTKH, v_BTKH)))
+    return jnp.moveaxis(found, 0, 1).reshape(q_BSKH.shape)
 
 
 def _fused_kernel(q_BSKH: Array) -> Literal["cudnn"] | None:

@@ -24,7 +24,7 @@ from clip_jax.data.batch import Batch
 from clip_jax.errors import ConfigError
 from clip_jax.losses import Communication, sigmoid_loss, softmax_loss
 from clip_jax.models import Training
-from clip_jax.models.layers import rows_stay
+from clip_jax.models.layers import rows_lie
 from clip_jax.optim import matching_mask
 from clip_jax.preprocess import Preprocess
 from clip_jax.resize import crop_resize
@@ -172,11 +172,12 @@ class _OverRows:
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
 
     def tracing(self) -> contextlib.AbstractContextManager[None]:
-        """Around the model: the partitioner leaves the rows where they are."""
+        """Around the model: it leaves the rows where they are."""
         if self.axis_names:
-            return contextlib.nullcontext()
-        return rows_stay(
-            lambda axes: NamedSharding(self.mesh, P(BATCH_AXES, *[P.UNCONSTRAINED] * (axes - 1)))
+            return rows_lie()
+        return rows_lie(
+            batch_divisor(self.mesh),
+            lambda axes: NamedSharding(self.mesh, P(BATCH_AXES, *[P.UNCONSTRAINED] * (axes - 1))),
         )
 
 

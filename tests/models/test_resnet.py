@@ -16,7 +16,7 @@ from clip_jax.aot.cost import matmul_flops
 from clip_jax.aot.hlo import parse
 from clip_jax.errors import ConfigError
 from clip_jax.models import ResNetConfig, Training
-from clip_jax.models.layers import rows_stay
+from clip_jax.models.layers import rows_lie
 from clip_jax.models.resnet import BatchNorm, Conv, ModifiedResNet, Stage, convolve
 from tests.models.seeded import seeded
 
@@ -215,7 +215,7 @@ def test_statistics_and_gradients_over_eight_devices_are_those_of_the_whole_batc
 def test_a_convolution_marks_the_rows_that_it_takes_and_gives():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     conv = Conv(3, 4, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    with rows_stay(lambda axes: NamedSharding(mesh, P("data", *[P.UNCONSTRAINED] * (axes - 1)))):
+    with rows_lie(8, lambda axes: NamedSharding(mesh, P("data", *[P.UNCONSTRAINED] * (axes - 1)))):
         traced = jax.make_jaxpr(conv)(jnp.ones((8, 4, 4, 3)))
     marked = [each.primitive.name for each in traced.eqns].count("sharding_constraint")
     assert marked == 2
