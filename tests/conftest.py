@@ -10,6 +10,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
+        # Most of the time goes into compiling small programs that run once. The commands that
+        # tests start in processes of their own are compiled as they are for a user.
+        "--xla_backend_optimization_level=0",
         # Eight devices on a busy machine may have to wait for each other longer than the 40 s after
         # which XLA takes it for a deadlock and aborts.
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
