@@ -342,7 +342,7 @@ def _attend_in_groups(
         found = attend(*(keep_rows(x.reshape(*x.shape[:2], heads, -1)) for x in qkv))
         return keep_rows(found.reshape(*found.shape[:2], -1))
 
-    attend_group = jax.checkpoint(attend_group, prevent_cse=False)  # in a loop it is no use
+    attend_group = jax.checkpoint(attend_group, prevent_cse=False)  # the loop prevents it
     found = jax.lax.map(attend_group, tuple(in_groups(x) for x in (q_BSKH, k_BTKH, v_BTKH)))
     return jnp.moveaxis(found, 0, 1).reshape(q_BSKH.shape)
 
