@@ -1,5 +1,6 @@
 """Settings of the whole test run: eight CPU devices, and public signatures checked as they run."""
 
+import collections
 import os
 import signal
 import tempfile
@@ -41,6 +42,13 @@ tf.autograph.set_verbosity(0)
 install_import_hook("clip_jax", "beartype.beartype")
 
 import clip_jax  # noqa: E402, F401  (imported under the hook before any test module is)
+
+
+def pytest_collection_modifyitems(items):
+    """The modules with most slow tests go first: none is to be left that one worker ends with."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
 
 MESHES = {
     "1 device": (1, 1, 1),
