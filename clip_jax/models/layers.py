@@ -1,13 +1,11 @@
 """Layers that the towers share.
 
-Axis letters: B batch, T tokens, S queries, D width, K heads, H head width, F MLP width.
+Axis letters: B batch, T tokens, D width, F MLP width; H W pixels, I channels in, O channels out.
 """
 
-import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,55 +16,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
+from clip_jax.models.rows import keep_rows
+
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 # The names under which remat policies find products: of attention, and of a bottleneck's inner
 # channels; and the others.
 NARROW, WIDE = "narrow product", "wide product"
 STATISTICS = "statistics"
-
-
-# Of attention's scores, float32, so many bytes are computed at once where a step is compiled for
-# many rows: what fits into a TPU's vector memory is never written to its main memory.
-SCORES_AT_ONCE = 2**24
-
-
-class Rows(NamedTuple):
-    """Where the rows of a batch lie; see `rows_lie`."""
-
-    devices: int
-    sharding: Callable[[int], Any] | None
-
-
-_rows: contextvars.ContextVar[Rows | None] = contextvars.ContextVar("rows", default=None)
-
-
-@contextlib.contextmanager
-def rows_lie(devices: int = 1, sharding: Callable[[int], Any] | None = None) -> Iterator[None]:
-    """While a model is traced: tells it where the rows of its activations are, and to keep them so.
-
-    Knowing that, attention goes through them in groups. Without the sharding, a partitioner that
-    places parameters that are split, too, might rather split the features, and gather the rows of
-    the whole batch.
-
-    Args:
-        devices: that share out the rows of an array, as it is traced: 1 inside `jax.shard_map`.
-        sharding: of an array of so many axes, the first of which are the rows; None: they are one
-            device's own.
-    """
-    token = _rows.set(Rows(devices, sharding))
-    try:
-        yield
-    finally:
-        _rows.reset(token)
-
-
-def keep_rows(x: Array) -> Array:
-    """Marks activations, whose leading axis is the rows, with the sharding of `rows_lie`."""
-    rows = _rows.get()
-    if rows is None or rows.sharding is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, rows.sharding(x.ndim))
 
 
 class Training(NamedTuple):
@@ -124,14 +81,6 @@ def symmetric_uniform(bound: float) -> Initializer:
 
 
 zeros, normal = jax.nn.initializers.zeros, jax.nn.initializers.normal
-
-
-class AttentionInit(NamedTuple):
-    """How the weights of an attention start: query, key and value; out; and all four biases."""
-
-    kernel_in: Initializer
-    kernel_out: Initializer
-    bias: Initializer = zeros
 
 
 class MLPInit(NamedTuple):
@@ -223,6 +172,58 @@ def _add_backward(weights: Array, gradient: Array) -> tuple[Array, Array]:
 add.defvjp(_add_forward, _add_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(
+    x: Float[Array, "B H W I"], kernel: Float[Array | np.ndarray, "k k I O"], stride: int
+) -> Float[Array, "B H2 W2 O"]:
+    """A convolution of odd size, padded to the same size, in the dtype of x.
+
+    Its gradient by the kernel comes in the kernel's, as that of `matmul` does.
+    """
+    return _convolve(x, jnp.asarray(kernel, x.dtype), stride)
+
+
+def _convolve(x: Array, kernel: Array, stride: int) -> Array:
+    padding = kernel.shape[0] // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _convolve_forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    return convolve(x, kernel, stride), (x, kernel)
+
+
+def _convolve_backward(
+    stride: int, operands: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = operands
+    by_x = jax.linear_transpose(lambda x: _convolve(x, kernel.astype(x.dtype), stride), x)
+    size = kernel.shape[0]
+    padding = [
+        (size // 2, size - size // 2 - pixels + (pixels_out - 1) * stride)
+        for pixels, pixels_out in zip(x.shape[1:3], gradient.shape[1:3], strict=True)
+    ]
+    # The gradient slides over the padded image as a kernel does, and each place is one of its taps.
+    by_kernel = jax.lax.conv_general_dilated(
+        x,
+        gradient,
+        (1, 1),
+        padding,
+        rhs_dilation=(stride, stride),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=kernel.dtype,
+    )
+    return *by_x(gradient), by_kernel
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
 class Dense(nnx.Module):
     """A linear map from the trailing axes `in_shape` to the axes `out_shape`.
 
@@ -253,105 +254,6 @@ class Dense(nnx.Module):
         product = checkpoint_name(keep_rows(matmul(rows, matrix)), self.kept)
         result = product.reshape(batch_shape + self.out_shape)
         return add(result, self.bias[...]) if hasattr(self, "bias") else result
-
-
-class Attention(nnx.Module):
-    """Multi-head attention, the heads an axis of their own so that they can be sharded.
-
-    Args:
-        width: D, which `heads` divides.
-        heads: K.
-        out_width: E, of the result; None: D.
-        causal: no token attends to a later one.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        init: AttentionInit,
-        out_width: int | None = None,
-        causal: bool = False,
-        dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.causal = causal
-        split = (heads, width // heads)
-
-        def dense(in_shape: tuple[int, ...], out_shape: tuple[int, ...], kernel_init) -> Dense:
-            return Dense(
-                in_shape,
-                out_shape,
-                kernel_init=kernel_init,
-                bias_init=init.bias,
-                kept=NARROW,
-                dtype=dtype,
-                rngs=rngs,
-            )
-
-        self.query, self.key, self.value = (
-            dense((width,), split, init.kernel_in) for _ in range(3)
-        )
-        self.out = dense(split, (out_width or width,), init.kernel_out)
-
-    def __call__(
-        self, x_BTD: Float[Array, "B T D"], queries_BSD: Float[Array, "B S D"] | None = None
-    ) -> Float[Array, "B S E"]:
-        """What the queries find among the tokens; without queries the tokens ask themselves."""
-        q_BSKH = self.query(x_BTD if queries_BSD is None else queries_BSD)
-        k_BTKH, v_BTKH = self.key(x_BTD), self.value(x_BTD)
-        attend = functools.partial(
-            jax.nn.dot_product_attention,
-            is_causal=self.causal,
-            implementation=(kernel := _fused_kernel(q_BSKH)),
-        )
-        group = len(q_BSKH) if kernel else _rows_at_once(q_BSKH, k_BTKH)
-        if group < len(q_BSKH):
-            attend = functools.partial(_attend_in_groups, attend, group)
-        found_BSKH = attend(q_BSKH, k_BTKH, v_BTKH)
-        heads_as_one = found_BSKH.reshape(*found_BSKH.shape[:2], -1)
-        return self.out(checkpoint_name(heads_as_one, NARROW).reshape(found_BSKH.shape))
-
-
-def _rows_at_once(q_BSKH: Array, k_BTKH: Array) -> int:
-    """How many rows, of all devices together, have no more than `SCORES_AT_ONCE` on a device."""
-    rows, (batch, queries, heads, _) = _rows.get(), q_BSKH.shape
-    if rows is None or batch % rows.devices:
-        return batch
-    own, bytes_of_one = batch // rows.devices, 4 * heads * queries * k_BTKH.shape[1]
-    fitting = (n for n in range(own, 1, -1) if own % n == 0 and n * bytes_of_one <= SCORES_AT_ONCE)
-    return rows.devices * next(fitting, 1)
-
-
-def _attend_in_groups(
-    attend: Callable[..., Array], size: int, q_BSKH: Array, k_BTKH: Array, v_BTKH: Array
-) -> Array:
-    """`attend`, `size` rows after `size` rows; the backward pass computes their scores again.
-
-    A group has every so many-th row, so that each device has its share of every group. Between
-    products and groups the heads are one axis, see `Dense`.
-    """
-    heads = q_BSKH.shape[2]
-
-    def in_groups(x_BTKH: Array) -> Array:
-        x_BTD = x_BTKH.reshape(size, -1, x_BTKH.shape[1], heads * x_BTKH.shape[3])
-        return jnp.moveaxis(keep_rows(x_BTD), 1, 0)
-
-    def attend_group(qkv: tuple[Array, Array, Array]) -> Array:
-        found = attend(*(keep_rows(x.reshape(*x.shape[:2], heads, -1)) for x in qkv))
-        return keep_rows(found.reshape(*found.shape[:2], -1))
-
-    attend_group = jax.checkpoint(attend_group, prevent_cse=False)  # the loop prevents it
-    found = jax.lax.map(attend_group, tuple(in_groups(x) for x in (q_BSKH, k_BTKH, v_BTKH)))
-    return jnp.moveaxis(found, 0, 1).reshape(q_BSKH.shape)
-
-
-def _fused_kernel(q_BSKH: Array) -> Literal["cudnn"] | None:
-    """cuDNN's on a GPU, for the dtypes and head widths that it takes; else what XLA makes of it."""
-    if jax.default_backend() != "gpu" or q_BSKH.dtype not in (jnp.bfloat16, jnp.float16):
-        return None
-    return "cudnn" if q_BSKH.shape[-1] % 8 == 0 and q_BSKH.shape[-1] <= 128 else None
 
 
 class MLP(nnx.Module):

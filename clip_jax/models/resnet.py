@@ -5,7 +5,6 @@ T tokens of the attention pool, E embedding.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -20,21 +19,21 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from clip_jax.errors import ConfigError
+from clip_jax.models.attention import Attention, AttentionInit
 from clip_jax.models.layers import (
     NARROW,
     STATISTICS,
     WIDE,
-    Attention,
-    AttentionInit,
     Training,
     add,
     check_images,
-    keep_rows,
+    convolve,
     normal,
     run_layers,
     symmetric_uniform,
     zeros,
 )
+from clip_jax.models.rows import keep_rows
 from clip_jax.models.transformer import Remat, rematerialized, resolve_layer
 
 EXPANSION = 4  # a bottleneck's channels out, in its inner channels
@@ -67,58 +66,6 @@ class ResNetConfig:
     def tokens(self) -> int:
         """Rows of the attention pool's position table: the mean, then the last feature map."""
         return (self.image_size // REDUCTION) ** 2 + 1
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(
-    x_BHWI: Float[Array, "B H W I"], kernel: Float[Array | np.ndarray, "k k I O"], stride: int
-) -> Float[Array, "B H2 W2 O"]:
-    """A convolution of odd size, padded to the same size, in the dtype of x.
-
-    Its gradient by the kernel comes in the kernel's, as that of `layers.matmul` does.
-    """
-    return _convolve(x_BHWI, jnp.asarray(kernel, x_BHWI.dtype), stride)
-
-
-def _convolve(x: Array, kernel: Array, stride: int) -> Array:
-    padding = kernel.shape[0] // 2
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        [(padding, padding)] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-def _convolve_forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
-    return convolve(x, kernel, stride), (x, kernel)
-
-
-def _convolve_backward(
-    stride: int, operands: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    x, kernel = operands
-    by_x = jax.linear_transpose(lambda x: _convolve(x, kernel.astype(x.dtype), stride), x)
-    size = kernel.shape[0]
-    padding = [
-        (size // 2, size - size // 2 - pixels + (pixels_out - 1) * stride)
-        for pixels, pixels_out in zip(x.shape[1:3], gradient.shape[1:3], strict=True)
-    ]
-    # The gradient slides over the padded image as a kernel does, and each place is one of its taps.
-    by_kernel = jax.lax.conv_general_dilated(
-        x,
-        gradient,
-        (1, 1),
-        padding,
-        rhs_dilation=(stride, stride),
-        dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        preferred_element_type=kernel.dtype,
-    )
-    return *by_x(gradient), by_kernel
-
-
-convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class Conv(nnx.Module):

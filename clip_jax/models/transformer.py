@@ -12,21 +12,20 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from clip_jax.errors import ConfigError
+from clip_jax.models.attention import Attention, AttentionInit
 from clip_jax.models.layers import (
     MLP,
     NARROW,
     STATISTICS,
     WIDE,
     Activation,
-    Attention,
-    AttentionInit,
     LayerNorm,
     MLPInit,
-    keep_rows,
     normal,
     run_layers,
     symmetric_uniform,
 )
+from clip_jax.models.rows import keep_rows
 
 Remat = Literal["none", "dots", "dots_no_hidden", "full"]
 

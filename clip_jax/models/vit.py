@@ -11,10 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from clip_jax.errors import ConfigError
+from clip_jax.models.attention import Attention
 from clip_jax.models.layers import (
     MLP,
     Activation,
-    Attention,
     Dense,
     LayerNorm,
     Training,

@@ -24,7 +24,7 @@ from clip_jax.data.batch import Batch
 from clip_jax.errors import ConfigError
 from clip_jax.losses import Communication, sigmoid_loss, softmax_loss
 from clip_jax.models import Training
-from clip_jax.models.layers import rows_lie
+from clip_jax.models.rows import rows_lie
 from clip_jax.optim import matching_mask
 from clip_jax.preprocess import Preprocess
 from clip_jax.resize import crop_resize

@@ -1,17 +1,12 @@
-"""Gradients of weights, float32 whatever the towers compute in; attention in groups of rows."""
-
-import contextlib
+"""Gradients of weights: float32, whatever the towers compute in."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from clip_jax.models import layers
-from clip_jax.models.layers import Attention, AttentionInit, matmul, normal, rows_lie
+from clip_jax.models.layers import convolve, matmul
 from clip_jax.models.text import TextConfig, TextTransformer
 
 DRAWN = np.random.default_rng(0)
@@ -48,54 +43,25 @@ def test_the_gradient_by_a_token_is_the_sum_of_all_texts():
     np.testing.assert_array_equal(found[tokens[0]], np.full((4, 16), 4096))
 
 
-def total_and_gradients(attention, x, mesh=None):
-    """Of what it finds, each number with a weight of its own, by the weights and the input."""
-    graphdef, params = nnx.split(attention)
-    each = np.random.default_rng(1).normal(size=x.shape).astype("float32")
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (3, 1), (3, 2), (5, 2)])
+def test_so_it_is_by_the_kernel_of_a_convolution(size, stride):
+    draw = np.random.default_rng(size).normal
+    x = jnp.asarray(draw(size=(16, 9, 12, 3)), jnp.bfloat16)
+    kernel = jnp.asarray(draw(size=(size, size, 3, 5)), jnp.float32)
+    product, backward = jax.vjp(lambda x, kernel: convolve(x, kernel, stride), x, kernel)
+    cotangent = jnp.asarray(draw(size=product.shape), jnp.bfloat16)
+    by_x, by_kernel = backward(cotangent)
+    assert (product.dtype, by_x.dtype, by_kernel.dtype) == ("bfloat16", "bfloat16", "float32")
 
-    def total(params, x):
-        with contextlib.nullcontext() if mesh is None else on_mesh(mesh):
-            return (nnx.merge(graphdef, params)(x) * each).sum()
+    def in_float32(x, kernel):
+        padding, axes = [(size // 2, size // 2)] * 2, ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=axes
+        )
 
-    return jax.jit(jax.value_and_grad(total, (0, 1)))(params, x)
-
-
-def on_mesh(mesh):
-    rows = ("data", "fsdp")
-    return rows_lie(
-        mesh.shape["data"] * mesh.shape["fsdp"],
-        lambda axes: NamedSharding(mesh, P(rows, *[P.UNCONSTRAINED] * (axes - 1))),
-    )
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_in_groups_is_attention(mesh, causal, monkeypatch):
-    attention = Attention(
-        8, 2, init=AttentionInit(normal(0.3), normal(0.3)), causal=causal, dtype="float32",
-        rngs=nnx.Rngs(0),
-    )  # fmt: skip
-    x = drawn(48, 5, 8)
-    expected = total_and_gradients(attention, x)
-    monkeypatch.setattr(layers, "SCORES_AT_ONCE", 2 * 2 * 5 * 5 * 4)  # of two rows
-    x = jax.device_put(x, NamedSharding(mesh, P(("data", "fsdp"))))
-    found = total_and_gradients(attention, x, mesh)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4), found, expected
-    )
-
-
-def test_attention_computes_no_more_scores_at_once_than_it_may(monkeypatch):
-    attention = Attention(
-        8, 2, init=AttentionInit(normal(0.3), normal(0.3)), dtype="float32", rngs=nnx.Rngs(0)
-    )
-    monkeypatch.setattr(layers, "SCORES_AT_ONCE", 2 * 2 * 5 * 5 * 4)
-
-    def shapes(devices=None):
-        with rows_lie(devices) if devices else contextlib.nullcontext():
-            return str(jax.make_jaxpr(lambda x: attention(x))(jnp.ones((48, 5, 8))))
-
-    assert "[1,2,2,5,5]" in shapes(1)
-    assert "[1,16,2,5,5]" in shapes(8)  # each has two of them
-    assert "[1,48,2,5,5]" in shapes()
-    for devices in (1, 8):
-        assert "[1,48,2,5,5]" not in shapes(devices)
+    rounded = kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    expected, exact_backward = jax.vjp(in_float32, x.astype(jnp.float32), rounded)
+    exact_by_x, exact_by_kernel = exact_backward(cotangent.astype(jnp.float32))
+    np.testing.assert_allclose(by_kernel, exact_by_kernel, rtol=1e-4, atol=1e-4)
+    for found, exact in ((product, expected), (by_x, exact_by_x)):
+        np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=1e-2, atol=0.1)

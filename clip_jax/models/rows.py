@@ -1,0 +1,52 @@
+"""Where the rows of a batch lie, which a model that is being traced for training can ask."""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array
+
+
+class Rows(NamedTuple):
+    """Where the rows of a batch lie; see `rows_lie`."""
+
+    devices: int
+    sharding: Callable[[int], Any] | None
+
+
+_rows: contextvars.ContextVar[Rows | None] = contextvars.ContextVar("rows", default=None)
+
+
+@contextlib.contextmanager
+def rows_lie(devices: int = 1, sharding: Callable[[int], Any] | None = None) -> Iterator[None]:
+    """While a model is traced: tells it where the rows of its activations are, and to keep them so.
+
+    Knowing that, attention goes through them in groups. Without the sharding, a partitioner that
+    places parameters that are split, too, might rather split the features, and gather the rows of
+    the whole batch.
+
+    Args:
+        devices: that share out the rows of an array, as it is traced: 1 inside `jax.shard_map`.
+        sharding: of an array of so many axes, the first of which are the rows; None: they are one
+            device's own.
+    """
+    token = _rows.set(Rows(devices, sharding))
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def where_rows_lie() -> Rows | None:
+    """What `rows_lie` said, or None where nothing did."""
+    return _rows.get()
+
+
+def keep_rows(x: Array) -> Array:
+    """Marks activations, whose leading axis is the rows, with the sharding of `rows_lie`."""
+    rows = _rows.get()
+    if rows is None or rows.sharding is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, rows.sharding(x.ndim))
