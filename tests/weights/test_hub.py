@@ -13,9 +13,14 @@ import sys
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import save
+
+from clip_jax.errors import WeightsError
+from clip_jax.weights import hub
 
 ROOT = Path(__file__).parents[2]
 COMMIT = {"main": "a" * 40, "v2": "b" * 40}
@@ -176,3 +181,18 @@ def test_without_a_network_the_cache_serves_what_it_has(server, tmp_path):
         )
         assert cached == before
         assert "not in the cache, and the hub cannot be reached" in missing["error"]
+
+
+def test_once_out_of_reach_the_hub_is_not_asked_again(monkeypatch):
+    asked = []
+
+    def download(repository, filename, *, local_files_only, **_):
+        asked.append(local_files_only)
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    no_such_file = huggingface_hub.file_download._CACHED_NO_EXIST
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: no_such_file)
+    with pytest.raises(WeightsError, match="holds no CLIP in a known form"):
+        hub.fetch("owner/name")
+    assert asked == [False, True]
