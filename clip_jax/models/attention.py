@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from clip_jax.models.layers import NARROW, Dense, zeros
 from clip_jax.models.rows import keep_rows, where_rows_lie
@@ -71,43 +71,64 @@ class Attention(nnx.Module):
         self.out = dense(split, (out_width or width,), init.kernel_out)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], queries_BSD: Float[Array, "B S D"] | None = None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        queries_BSD: Float[Array, "B S D"] | None = None,
+        seen_B: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B S E"]:
-        """What the queries find among the tokens; without queries the tokens ask themselves."""
+        """What the queries find among the tokens; without queries the tokens ask themselves.
+
+        Args:
+            x_BTD: the tokens.
+            queries_BSD: few, whose scores are small whatever the number of rows.
+            seen_B: how many tokens the queries of a row see, from the first on; None: all.
+        """
         q_BSKH = self.query(x_BTD if queries_BSD is None else queries_BSD)
         k_BTKH, v_BTKH = self.key(x_BTD), self.value(x_BTD)
-        attend = functools.partial(
-            jax.nn.dot_product_attention,
-            is_causal=self.causal,
-            implementation=(kernel := _fused_kernel(q_BSKH)),
-        )
-        group = len(q_BSKH) if kernel else _rows_at_once(q_BSKH, k_BTKH)
-        if group < len(q_BSKH):
-            attend = functools.partial(_attend_in_groups, attend, group)
-        found_BSKH = attend(q_BSKH, k_BTKH, v_BTKH)
+        if queries_BSD is None:
+            found_BSKH = _attend_to_each_other(q_BSKH, k_BTKH, v_BTKH, self.causal)
+        else:
+            found_BSKH = jax.nn.dot_product_attention(
+                q_BSKH, k_BTKH, v_BTKH, key_value_seq_lengths=seen_B
+            )
         heads_as_one = found_BSKH.reshape(*found_BSKH.shape[:2], -1)
         return self.out(checkpoint_name(heads_as_one, NARROW).reshape(found_BSKH.shape))
 
 
-def _rows_at_once(q_BSKH: Array, k_BTKH: Array) -> int:
+def _attend_to_each_other(
+    q_BTKH: Array, k_BTKH: Array, v_BTKH: Array, causal: bool
+) -> Float[Array, "B T K H"]:
+    """Attention of all tokens to all, or to those before them and themselves."""
+    attend = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=causal,
+        implementation=(kernel := _fused_kernel(q_BTKH)),
+    )
+    group = len(q_BTKH) if kernel else _rows_at_once(q_BTKH)
+    if group < len(q_BTKH):
+        attend = functools.partial(_attend_in_groups, attend, group)
+    return attend(q_BTKH, k_BTKH, v_BTKH)
+
+
+def _rows_at_once(q_BTKH: Array) -> int:
     """How many rows, of all devices together, have no more than `SCORES_AT_ONCE` on a device."""
-    rows, (batch, queries, heads, _) = where_rows_lie(), q_BSKH.shape
+    rows, (batch, tokens, heads, _) = where_rows_lie(), q_BTKH.shape
     if rows is None or batch % rows.devices:
         return batch
-    own, bytes_of_one = batch // rows.devices, 4 * heads * queries * k_BTKH.shape[1]
+    own, bytes_of_one = batch // rows.devices, 4 * heads * tokens**2
     fitting = (n for n in range(own, 1, -1) if own % n == 0 and n * bytes_of_one <= SCORES_AT_ONCE)
     return rows.devices * next(fitting, 1)
 
 
 def _attend_in_groups(
-    attend: Callable[..., Array], size: int, q_BSKH: Array, k_BTKH: Array, v_BTKH: Array
+    attend: Callable[..., Array], size: int, q_BTKH: Array, k_BTKH: Array, v_BTKH: Array
 ) -> Array:
     """`attend`, `size` rows after `size` rows; the backward pass computes their scores again.
 
     A group has every so many-th row, so that each device has its share of every group. Between
     products and groups the heads are one axis, see `Dense`.
     """
-    heads = q_BSKH.shape[2]
+    heads = q_BTKH.shape[2]
 
     def in_groups(x_BTKH: Array) -> Array:
         x_BTD = x_BTKH.reshape(size, -1, x_BTKH.shape[1], heads * x_BTKH.shape[3])
@@ -118,12 +139,12 @@ def _attend_in_groups(
         return keep_rows(found.reshape(*found.shape[:2], -1))
 
     attend_group = jax.checkpoint(attend_group, prevent_cse=False)  # the loop prevents it
-    found = jax.lax.map(attend_group, tuple(in_groups(x) for x in (q_BSKH, k_BTKH, v_BTKH)))
-    return jnp.moveaxis(found, 0, 1).reshape(q_BSKH.shape)
+    found = jax.lax.map(attend_group, tuple(in_groups(x) for x in (q_BTKH, k_BTKH, v_BTKH)))
+    return jnp.moveaxis(found, 0, 1).reshape(q_BTKH.shape)
 
 
-def _fused_kernel(q_BSKH: Array) -> Literal["cudnn"] | None:
+def _fused_kernel(q_BTKH: Array) -> Literal["cudnn"] | None:
     """cuDNN's on a GPU, for the dtypes and head widths that it takes; else what XLA makes of it."""
-    if jax.default_backend() != "gpu" or q_BSKH.dtype not in (jnp.bfloat16, jnp.float16):
+    if jax.default_backend() != "gpu" or q_BTKH.dtype not in (jnp.bfloat16, jnp.float16):
         return None
-    return "cudnn" if q_BSKH.shape[-1] % 8 == 0 and q_BSKH.shape[-1] <= 128 else None
+    return "cudnn" if q_BTKH.shape[-1] % 8 == 0 and q_BTKH.shape[-1] <= 128 else None

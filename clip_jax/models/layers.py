@@ -291,6 +291,13 @@ class MLP(nnx.Module):
         return self.down(ACTIVATIONS[self.activation](self.up(x)))
 
 
+def layer_of(layers: Any, number: int) -> Any:
+    """One layer of a stack or of a list of them."""
+    if isinstance(layers, nnx.List):
+        return layers[number]
+    return jax.tree.map(lambda stacked: stacked[number], layers)
+
+
 def run_layers(
     run: Callable[[Array, Any], tuple[Array, Any]], x: Array, layers: Any, count: int, unroll: int
 ) -> tuple[Array, Any]:

@@ -99,17 +99,16 @@ class TextTransformer(nnx.Module):
 
     def pooled(self, tokens_BT: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B D"]:
         """The feature of each text before the projection."""
-        x_BTD = self.features(tokens_BT)
-        if self.config.pool == "last":
-            if tokens_BT.shape[1] != self.config.context_length:
-                raise ValueError(
-                    f"this model reads a text at its last token: expected texts padded to "
-                    f"{self.config.context_length} tokens, got {tokens_BT.shape[1]}"
-                )
-            x_BD = x_BTD[:, -1]
+        x_BTD, length = self._embed(tokens_BT), tokens_BT.shape[1]
+        if self.config.pool == "eot":
+            x_BD = self.transformer.at(x_BTD, jnp.argmax(tokens_BT, axis=1))
+        elif length == self.config.context_length:
+            x_BD = self.transformer.at(x_BTD, length - 1)
         else:
-            end_B = jnp.argmax(tokens_BT, axis=1)
-            x_BD = jnp.take_along_axis(x_BTD, end_B[:, None, None], axis=1)[:, 0]
+            raise ValueError(
+                f"this model reads a text at its last token: expected texts padded to "
+                f"{self.config.context_length} tokens, got {length}"
+            )
         return self.ln_final(x_BD)
 
     def features(
@@ -119,6 +118,11 @@ class TextTransformer(nnx.Module):
         final_norm: bool = False,
     ) -> Float[Array, "B T D"]:
         """Every token after `layer` blocks; see `CLIP.encode_text`."""
+        x_BTD = self.transformer(self._embed(tokens_BT), layer)
+        return self.ln_final(x_BTD) if final_norm else x_BTD
+
+    def _embed(self, tokens_BT: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T D"]:
+        """What goes into the first block: tokens, positions added."""
         length, context = tokens_BT.shape[1], self.config.context_length
         if length > context:
             raise ValueError(
@@ -126,9 +130,7 @@ class TextTransformer(nnx.Module):
                 f"tokenize with context_length={context}"
             )
         x_BTD = jnp.take(self.token_embedding[...], tokens_BT, axis=0).astype(self.dtype)
-        x_BTD = add(x_BTD, self.position_embedding[:length])
-        x_BTD = self.transformer(x_BTD, layer)
-        return self.ln_final(x_BTD) if final_norm else x_BTD
+        return add(x_BTD, self.position_embedding[:length])
 
 
 def _check(config: TextConfig, embed_dim: int) -> None:

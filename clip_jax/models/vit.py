@@ -158,9 +158,9 @@ class VisionTransformer(nnx.Module):
         self, images_BHWC: Float[Array | np.ndarray, "B H W 3"], training: Training | None = None
     ) -> Float[Array, "B D"]:
         """The feature of each image before the projection: what the paper's linear probes take."""
-        x_BND = self.features(images_BHWC, training=training)
         if self.config.pool == "class":
-            return self.ln_post(x_BND[:, 0])
+            return self.ln_post(self.transformer.at(self._embed(images_BHWC, training), 0))
+        x_BND = self.features(images_BHWC, training=training)
         if self.config.pool == "map":
             return self.pool(self.ln_post(x_BND))
         return self.ln_post(jnp.mean(x_BND[:, int(self.config.class_token) :], axis=1))
@@ -173,6 +173,13 @@ class VisionTransformer(nnx.Module):
         training: Training | None = None,
     ) -> Float[Array, "B N D"]:
         """Every token after `layer` blocks; see `CLIP.encode_image`."""
+        x_BND = self.transformer(self._embed(images_BHWC, training), layer)
+        return self.ln_post(x_BND) if final_norm else x_BND
+
+    def _embed(
+        self, images_BHWC: Float[Array | np.ndarray, "B H W 3"], training: Training | None
+    ) -> Float[Array, "B N D"]:
+        """What goes into the first block: the class token where there is one, and the patches."""
         p, images_BHWC = self.config.patch_size, check_images(images_BHWC, self.config.image_size)
         covered = self.config.image_size // p * p
         images_BHWC = images_BHWC[:, :covered, :covered]
@@ -186,9 +193,7 @@ class VisionTransformer(nnx.Module):
             class_token = self.class_embedding[...] + positions_ND[0]
             class_token = jnp.broadcast_to(class_token, (x_BND.shape[0], 1, x_BND.shape[2]))
             x_BND = jnp.concatenate([class_token.astype(self.dtype), x_BND], axis=1)
-        x_BND = self.ln_pre(x_BND) if self.config.pre_norm else x_BND
-        x_BND = self.transformer(x_BND, layer)
-        return self.ln_post(x_BND) if final_norm else x_BND
+        return self.ln_pre(x_BND) if self.config.pre_norm else x_BND
 
 
 def patches_kept(patches: int, share: float) -> int:
