@@ -46,6 +46,7 @@ def main() -> None:
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         print("  ".join(cells))
     print("\nTotal = image tower + text tower; GFLOPs of a forward pass, two a multiply-add.")
+    print("Of the last block of a tower that is read at one token, what that token needs.")
 
 
 if __name__ == "__main__":

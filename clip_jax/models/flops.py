@@ -3,8 +3,8 @@
 Matrix products and convolutions, two operations for each multiplication and addition, which is what
 model FLOPs utilisation is made of; norms, activations and softmax are left out (about one percent).
 Attention counts all pairs of tokens, also where it is causal. Of the last block of a tower that is
-read at one token, what the embedding needs is counted, see `Transformer.at`: other accounts of CLIP
-have the whole block, and for B models 7 % more.
+read at one token, what that token needs is counted (`Transformer.at`): where others count the whole
+block, they have 7 % more for ViT-B, 4 % for ViT-L.
 """
 
 from typing import NamedTuple

@@ -1,9 +1,8 @@
 """Layers that the towers share.
 
-Axis letters: B batch, T tokens, D width, F MLP width; H W pixels, I channels in, O channels out.
+Axis letters: B batch, T tokens, D width, F MLP width.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -16,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
+from clip_jax.models.products import add, matmul
 from clip_jax.models.rows import keep_rows
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
@@ -102,126 +102,6 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: Float[Array, "*batch D"], **kwargs: Any) -> Float[Array, "*batch D"]:
         return super().__call__(x, **kwargs).astype(x.dtype)
-
-
-@jax.custom_vjp
-def matmul(
-    x: Float[Array, "*rows I"], kernel: Float[Array | np.ndarray, "I O"]
-) -> Float[Array, "*rows O"]:
-    """The product in the dtype of x; its gradient by the kernel comes in the kernel's.
-
-    That gradient is a sum over all rows, on a mesh that splits parameters also over devices: in
-    bfloat16 each addition between them would round it.
-    """
-    return _product(x, jnp.asarray(kernel, x.dtype))
-
-
-def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, kernel), (x, kernel)
-
-
-def _matmul_backward(operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    x, kernel = operands
-    by_x = _product(gradient, kernel.astype(x.dtype).T)
-    return by_x, _product_over_rows(x, gradient, kernel.dtype)
-
-
-# On a TPU, [B, T, D] is laid out in tiles of its own wherever T is no multiple of 8, and a reshape
-# to a matrix is a copy. On the CPU, that matrix makes a training step a tenth faster.
-def _product(x: Array, matrix: Array) -> Array:
-    def as_matrix(x: Array, matrix: Array) -> Array:
-        return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
-
-    return jax.lax.platform_dependent(x, matrix, cpu=as_matrix, default=jnp.matmul)
-
-
-def _product_over_rows(x: Array, y: Array, dtype: Any) -> Array:
-    """[*rows, I] and [*rows, O] -> [I, O]."""
-
-    def as_matrices(x: Array, y: Array) -> Array:
-        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        return jnp.matmul(x.T, y, preferred_element_type=dtype)
-
-    def as_they_are(x: Array, y: Array) -> Array:
-        rows = tuple(range(x.ndim - 1))
-        return jnp.tensordot(x, y, (rows, rows), preferred_element_type=dtype)
-
-    return jax.lax.platform_dependent(x, y, cpu=as_matrices, default=as_they_are)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@jax.custom_vjp
-def add(
-    x: Float[Array, "*rows_and_axes"], weights: Float[Array | np.ndarray, "*axes"]
-) -> Float[Array, "..."]:
-    """Adds a bias, or positions, in the dtype of x; as in `matmul`, their gradient is in theirs."""
-    return x + weights.astype(x.dtype)
-
-
-def _add_forward(x: Array, weights: Array) -> tuple[Array, Array]:
-    return add(x, weights), weights
-
-
-def _add_backward(weights: Array, gradient: Array) -> tuple[Array, Array]:
-    rows = tuple(range(gradient.ndim - weights.ndim))
-    return gradient, jnp.sum(gradient, rows, dtype=weights.dtype)
-
-
-add.defvjp(_add_forward, _add_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(
-    x: Float[Array, "B H W I"], kernel: Float[Array | np.ndarray, "k k I O"], stride: int
-) -> Float[Array, "B H2 W2 O"]:
-    """A convolution of odd size, padded to the same size, in the dtype of x.
-
-    Its gradient by the kernel comes in the kernel's, as that of `matmul` does.
-    """
-    return _convolve(x, jnp.asarray(kernel, x.dtype), stride)
-
-
-def _convolve(x: Array, kernel: Array, stride: int) -> Array:
-    padding = kernel.shape[0] // 2
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        [(padding, padding)] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-def _convolve_forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
-    return convolve(x, kernel, stride), (x, kernel)
-
-
-def _convolve_backward(
-    stride: int, operands: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    x, kernel = operands
-    by_x = jax.linear_transpose(lambda x: _convolve(x, kernel.astype(x.dtype), stride), x)
-    size = kernel.shape[0]
-    padding = [
-        (size // 2, size - size // 2 - pixels + (pixels_out - 1) * stride)
-        for pixels, pixels_out in zip(x.shape[1:3], gradient.shape[1:3], strict=True)
-    ]
-    # The gradient slides over the padded image as a kernel does, and each place is one of its taps.
-    by_kernel = jax.lax.conv_general_dilated(
-        x,
-        gradient,
-        (1, 1),
-        padding,
-        rhs_dilation=(stride, stride),
-        dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        preferred_element_type=kernel.dtype,
-    )
-    return *by_x(gradient), by_kernel
-
-
-convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class Dense(nnx.Module):

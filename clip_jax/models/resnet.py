@@ -25,14 +25,13 @@ from clip_jax.models.layers import (
     STATISTICS,
     WIDE,
     Training,
-    add,
     check_images,
-    convolve,
     normal,
     run_layers,
     symmetric_uniform,
     zeros,
 )
+from clip_jax.models.products import add, convolve
 from clip_jax.models.rows import keep_rows
 from clip_jax.models.transformer import Remat, rematerialized, resolve_layer
 

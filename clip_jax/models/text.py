@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.layers import Activation, LayerNorm, add, matmul, normal, symmetric_uniform
+from clip_jax.models.layers import Activation, LayerNorm, normal, symmetric_uniform
+from clip_jax.models.products import add, matmul
 from clip_jax.models.transformer import BlockInit, BlockSpec, Remat, Transformer
 
 

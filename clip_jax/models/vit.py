@@ -18,12 +18,11 @@ from clip_jax.models.layers import (
     Dense,
     LayerNorm,
     Training,
-    add,
     check_images,
-    matmul,
     normal,
     symmetric_uniform,
 )
+from clip_jax.models.products import add, matmul
 from clip_jax.models.transformer import BlockInit, BlockSpec, Remat, Transformer
 
 

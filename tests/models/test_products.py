@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clip_jax.models.layers import convolve, matmul
+from clip_jax.models.products import convolve, matmul
 from clip_jax.models.text import TextConfig, TextTransformer
 
 DRAWN = np.random.default_rng(0)
@@ -16,6 +16,18 @@ def drawn(*shape, dtype=jnp.float32):
     return jnp.asarray(DRAWN.normal(size=shape), dtype)
 
 
+@pytest.fixture(params=["as on a CPU", "as elsewhere"])
+def each_way(request, monkeypatch):
+    """The same test of what other backends would compute."""
+
+    def elsewhere(*operands, default, cpu):
+        return default(*operands)
+
+    if request.param == "as elsewhere":
+        monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
+
+
+@pytest.mark.usefixtures("each_way")
 def test_the_gradient_by_a_kernel_is_not_rounded_to_the_compute_dtype():
     rows, kernel = drawn(64, 16, dtype=jnp.bfloat16), drawn(16, 8)
     cotangent = drawn(64, 8, dtype=jnp.bfloat16)
@@ -43,6 +55,7 @@ def test_the_gradient_by_a_token_is_the_sum_of_all_texts():
     np.testing.assert_array_equal(found[tokens[0]], np.full((4, 16), 4096))
 
 
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (3, 1), (3, 2), (5, 2)])
 def test_so_it_is_by_the_kernel_of_a_convolution(size, stride):
     draw = np.random.default_rng(size).normal
