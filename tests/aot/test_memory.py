@@ -66,12 +66,12 @@ def test_of_microbatches_one_after_the_other_the_largest_counts():
 
 
 def test_the_largest_arrays_are_of_the_state_or_of_a_loop_and_are_shares(small_config):
-    small_config.model.vision.update(layers=3, image_size=32, patch_size=4)  # 65 tokens
+    small_config.model.vision.update(layers=4, image_size=32, patch_size=4)  # 65 tokens
     small_config.model.text.vocab_size = 64
     small_config.train.batch_size = 512
     program = make_program(small_config, make_mesh(small_config.mesh), "full")
     first = largest_arrays(program)[0]
-    assert first.shape == (3, 64, 65, 32)  # each block's input, of the eighth of the rows
+    assert first.shape == (3, 64, 65, 32)  # what goes into those in the loop, an eighth of the rows
     assert first.bytes == 3 * 64 * 65 * 32 * 4
     small_config.model.text.vocab_size = 49_408
     program = make_program(small_config, make_mesh(small_config.mesh), "full")
