@@ -5,7 +5,7 @@ Axis letters: B batch, T tokens, S queries, D width, K heads, H head width, E wi
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,29 +85,30 @@ class Attention(nnx.Module):
         """
         q_BSKH = self.query(x_BTD if queries_BSD is None else queries_BSD)
         k_BTKH, v_BTKH = self.key(x_BTD), self.value(x_BTD)
-        if queries_BSD is None:
-            found_BSKH = _attend_to_each_other(q_BSKH, k_BTKH, v_BTKH, self.causal)
-        else:
-            found_BSKH = jax.nn.dot_product_attention(
-                q_BSKH, k_BTKH, v_BTKH, key_value_seq_lengths=seen_B
-            )
+        fused = queries_BSD is None and has_fused_kernel(q_BSKH.dtype, q_BSKH.shape[-1])
+        attend = functools.partial(
+            jax.nn.dot_product_attention,
+            is_causal=self.causal and queries_BSD is None,
+            key_value_seq_lengths=seen_B,
+            implementation="cudnn" if fused else None,
+        )
+        if queries_BSD is None and seen_B is None and not fused:
+            group = _rows_at_once(q_BSKH)
+            if group < len(q_BSKH):
+                attend = functools.partial(_attend_in_groups, attend, group)
+        found_BSKH = attend(q_BSKH, k_BTKH, v_BTKH)
         heads_as_one = found_BSKH.reshape(*found_BSKH.shape[:2], -1)
         return self.out(checkpoint_name(heads_as_one, NARROW).reshape(found_BSKH.shape))
 
 
-def _attend_to_each_other(
-    q_BTKH: Array, k_BTKH: Array, v_BTKH: Array, causal: bool
-) -> Float[Array, "B T K H"]:
-    """Attention of all tokens to all, or to those before them and themselves."""
-    attend = functools.partial(
-        jax.nn.dot_product_attention,
-        is_causal=causal,
-        implementation=(kernel := _fused_kernel(q_BTKH)),
-    )
-    group = len(q_BTKH) if kernel else _rows_at_once(q_BTKH)
-    if group < len(q_BTKH):
-        attend = functools.partial(_attend_in_groups, attend, group)
-    return attend(q_BTKH, k_BTKH, v_BTKH)
+def has_fused_kernel(dtype: Any, head_width: int) -> bool:
+    """Whether attention of all tokens to all is one kernel of cuDNN: on a GPU, in 16 bits.
+
+    JAX refuses to differentiate it by an odd number of tokens.
+    """
+    if jax.default_backend() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    return head_width % 8 == 0 and head_width <= 128
 
 
 def _rows_at_once(q_BTKH: Array) -> int:
@@ -141,10 +142,3 @@ def _attend_in_groups(
     attend_group = jax.checkpoint(attend_group, prevent_cse=False)  # the loop prevents it
     found = jax.lax.map(attend_group, tuple(in_groups(x) for x in (q_BTKH, k_BTKH, v_BTKH)))
     return jnp.moveaxis(found, 0, 1).reshape(q_BTKH.shape)
-
-
-def _fused_kernel(q_BTKH: Array) -> Literal["cudnn"] | None:
-    """cuDNN's on a GPU, for the dtypes and head widths that it takes; else what XLA makes of it."""
-    if jax.default_backend() != "gpu" or q_BTKH.dtype not in (jnp.bfloat16, jnp.float16):
-        return None
-    return "cudnn" if q_BTKH.shape[-1] % 8 == 0 and q_BTKH.shape[-1] <= 128 else None

@@ -3,6 +3,7 @@
 Axis letters: B batch, T tokens, D width, F MLP width.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -92,16 +93,50 @@ class MLPInit(NamedTuple):
     down_bias: Initializer
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "*rows D"], scale: Float[Array, " D"], bias: Float[Array, " D"], epsilon: float
+) -> Float[Array, "*rows D"]:
+    """Layer normalisation computed in float32, returned in the dtype of x.
+
+    For the backward pass it keeps x and two numbers a row. JAX would keep float32 features; and
+    without the barrier the compiler would keep no numbers, and go through x for them once more.
+    """
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Any]:
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    rate = jax.lax.rsqrt(jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True) + epsilon)
+    mean, rate = jax.lax.optimization_barrier((mean, rate))
+    normalized = (x32 - mean) * rate
+    return (normalized * scale + bias).astype(x.dtype), (x, scale, mean, rate)
+
+
+def _layer_norm_backward(epsilon: float, kept: Any, gradient: Array) -> tuple[Array, Array, Array]:
+    x, scale, mean, rate = kept
+    normalized, gradient = (x.astype(jnp.float32) - mean) * rate, gradient.astype(jnp.float32)
+    rows = tuple(range(x.ndim - 1))
+    by_normalized = gradient * scale
+    along_x = jnp.mean(by_normalized * normalized, axis=-1, keepdims=True)
+    along_mean = jnp.mean(by_normalized, axis=-1, keepdims=True)
+    by_x = (by_normalized - along_mean - normalized * along_x) * rate
+    by_scale, by_bias = jnp.sum(gradient * normalized, rows), jnp.sum(gradient, rows)
+    return by_x.astype(x.dtype), by_scale.astype(scale.dtype), by_bias.astype(scale.dtype)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalisation computed in float32, returned in the input's dtype."""
+    """`layer_norm`, with its weights."""
 
     def __init__(self, width: int, epsilon: float, *, rngs: nnx.Rngs):
-        super().__init__(
-            width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
-        )
+        super().__init__(width, epsilon=epsilon, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch D"], **kwargs: Any) -> Float[Array, "*batch D"]:
-        return super().__call__(x, **kwargs).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 
 class Dense(nnx.Module):

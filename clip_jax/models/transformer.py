@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import ConfigError
-from clip_jax.models.attention import Attention, AttentionInit
+from clip_jax.models.attention import Attention, AttentionInit, has_fused_kernel
 from clip_jax.models.layers import (
     MLP,
     NARROW,
@@ -27,7 +27,7 @@ from clip_jax.models.layers import (
     run_layers,
     symmetric_uniform,
 )
-from clip_jax.models.rows import keep_rows
+from clip_jax.models.rows import features_minor, keep_rows
 
 Remat = Literal["none", "dots", "dots_no_hidden", "full"]
 
@@ -143,8 +143,10 @@ class Block(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x = x + self.attention(self.ln_1(x))
+    def __call__(
+        self, x: Float[Array, "B T D"], seen_B: Int[Array, " B"] | None = None
+    ) -> Float[Array, "B T D"]:
+        x = x + self.attention(self.ln_1(x), seen_B=seen_B)
         return x + self.mlp(self.ln_2(x))
 
     def at(
@@ -190,7 +192,8 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         rematerialized(lambda x: x, remat, in_loop=True)  # refuses a remat that does not exist
-        self.layers, self.remat, self.unroll = layers, remat, unroll
+        self.layers, self.remat, self.unroll, self.causal = layers, remat, unroll, spec.causal
+        self.fused_attention = has_fused_kernel(dtype, spec.width // spec.heads)
 
         @nnx.split_rngs(splits=layers)
         @nnx.vmap
@@ -205,13 +208,18 @@ class Transformer(nnx.Module):
         Raises:
             ValueError: there is no such layer.
         """
-        count = resolve_layer(layer, self.layers)
+        count, tokens = resolve_layer(layer, self.layers), x.shape[1]
+        # The fused kernel wants an even number. Nothing sees the token that is added: it is the
+        # last, which causal attention hides, and `seen_B` elsewhere.
+        added = tokens % 2 if self.fused_attention else 0
+        seen_B = jnp.full(len(x), tokens) if added and not self.causal else None
 
         def run(x, block):
-            return keep_rows(block(x)), None
+            return keep_rows(block(x, seen_B)), None
 
         run = rematerialized(run, self.remat, in_loop=self.unroll < count)
-        return run_layers(run, x, self.blocks, count, self.unroll)[0]
+        x = jnp.pad(x, [(0, 0), (0, added), (0, 0)])
+        return run_layers(run, x, self.blocks, count, self.unroll)[0][:, :tokens]
 
     def at(
         self, x_BTD: Float[Array, "B T D"], token: int | Int[Array, " B"]
@@ -224,7 +232,7 @@ class Transformer(nnx.Module):
             x_BTD: what goes into the first block.
             token: its number, from 0; one for all rows or one for each.
         """
-        x_BTD = self(x_BTD, layer=-2)
+        x_BTD = features_minor(self(x_BTD, layer=-2))
 
         def run(x_BTD, block):
             return keep_rows(block.at(x_BTD, token))
