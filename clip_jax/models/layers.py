@@ -81,7 +81,8 @@ def symmetric_uniform(bound: float) -> Initializer:
     return init
 
 
-zeros, normal = jax.nn.initializers.zeros, jax.nn.initializers.normal
+zeros, ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
+normal = jax.nn.initializers.normal
 
 
 class MLPInit(NamedTuple):
@@ -129,13 +130,15 @@ def _layer_norm_backward(epsilon: float, kept: Any, gradient: Array) -> tuple[Ar
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-class LayerNorm(nnx.LayerNorm):
+class LayerNorm(nnx.Module):
     """`layer_norm`, with its weights."""
 
     def __init__(self, width: int, epsilon: float, *, rngs: nnx.Rngs):
-        super().__init__(width, epsilon=epsilon, rngs=rngs)
+        self.epsilon = epsilon
+        self.scale = nnx.Param(ones(rngs.params(), (width,)))
+        self.bias = nnx.Param(zeros(rngs.params(), (width,)))
 
-    def __call__(self, x: Float[Array, "*batch D"], **kwargs: Any) -> Float[Array, "*batch D"]:
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
 
 

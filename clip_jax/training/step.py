@@ -58,18 +58,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
     shardings = jax.tree.map(lambda shape: shape.sharding, target)
-    return jax.jit(
-        train_step,
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-        compiler_options=_compiler_options(target),
-    )
-
-
-def _compiler_options(target: TrainState) -> dict[str, bool] | None:
-    """On GPUs all products are cuBLAS's, which adds biases; XLA would try Triton's, which do not."""
-    device = next(iter(target.step.sharding.device_set))
-    return {"xla_gpu_enable_triton_gemm": False} if device.platform in ("gpu", "cuda") else None
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def image_keys(key: Array, batch_size: int) -> Array:

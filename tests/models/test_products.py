@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clip_jax.models.products import convolve, matmul
+from clip_jax.models.products import add, convolve, matmul
 from clip_jax.models.text import TextConfig, TextTransformer
 
 DRAWN = np.random.default_rng(0)
@@ -16,15 +16,14 @@ def drawn(*shape, dtype=jnp.float32):
     return jnp.asarray(DRAWN.normal(size=shape), dtype)
 
 
-@pytest.fixture(params=["as on a CPU", "as elsewhere"])
+@pytest.fixture(params=["cpu", "cuda", "tpu"])
 def each_way(request, monkeypatch):
-    """The same test of what other backends would compute."""
+    """The same test of what each backend would compute."""
 
-    def elsewhere(*operands, default, cpu):
-        return default(*operands)
+    def chosen(*operands, default=None, **by_platform):
+        return by_platform.get(request.param, default)(*operands)
 
-    if request.param == "as elsewhere":
-        monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
 
 
 @pytest.mark.usefixtures("each_way")
@@ -39,6 +38,18 @@ def test_the_gradient_by_a_kernel_is_not_rounded_to_the_compute_dtype():
     rounded = np.float64(kernel.astype(jnp.bfloat16))
     np.testing.assert_allclose(product, np.float64(rows) @ rounded, rtol=1e-2, atol=1e-2)
     np.testing.assert_allclose(by_rows, np.float64(cotangent) @ rounded.T, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.usefixtures("each_way")
+@pytest.mark.parametrize("axes", [(8,), (2, 4), (5, 2, 4)], ids=str)
+def test_a_bias_is_added_along_its_axes(axes):
+    x, bias = drawn(3, *axes), drawn(*axes)
+    cotangent = drawn(*x.shape)
+    found, backward = jax.vjp(add, x, bias)
+    np.testing.assert_array_equal(found, np.asarray(x) + np.asarray(bias))
+    by_x, by_bias = backward(cotangent)
+    np.testing.assert_array_equal(by_x, cotangent)
+    np.testing.assert_allclose(by_bias, np.asarray(cotangent).sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_the_gradient_by_a_token_is_the_sum_of_all_texts():

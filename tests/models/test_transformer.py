@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from clip_jax.models import attention as attention_module
+from clip_jax.models import transformer as transformer_module
 from clip_jax.models import unstack
 from clip_jax.models.transformer import BlockInit, BlockSpec, Transformer
 
@@ -74,3 +76,36 @@ def test_a_causal_token_sees_none_after_it():
     after = jnp.arange(TOKENS) > token[:, None]
     changed = model.at(jnp.where(after[:, :, None], 1e3, x), token)
     np.testing.assert_array_equal(changed, model.at(x, token))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_fused_kernel_is_given_an_even_number_of_tokens(causal, monkeypatch):
+    def read(model, x, token):
+        return model(x).mean(1)
+
+    expected = total_and_gradients(read, transformer(causal=causal), inputs(), None)
+    attend, numbers = jax.nn.dot_product_attention, []
+
+    def fused_attend(q_BTKH, *args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        numbers.append(q_BTKH.shape[1])
+        return attend(q_BTKH, *args, **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused_attend)
+    for module in (attention_module, transformer_module):
+        monkeypatch.setattr(module, "has_fused_kernel", lambda *_: True)
+    found = total_and_gradients(read, transformer(causal=causal), inputs(), None)
+    assert set(numbers) == {TOKENS + 1}
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+    )
+
+
+def test_on_a_gpu_what_is_read_at_one_token_lies_as_products_need_it():
+    def lowered(platform):
+        model = transformer()
+        traced = jax.jit(lambda x: model.at(x, 0)).trace(inputs())
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "LayoutConstraint" in lowered("cuda")
+    assert "LayoutConstraint" not in lowered("cpu") + lowered("tpu")
