@@ -109,20 +109,23 @@ def layer_norm(
 def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Any]:
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
-    rate = jax.lax.rsqrt(jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True) + epsilon)
-    mean, rate = jax.lax.optimization_barrier((mean, rate))
-    normalized = (x32 - mean) * rate
-    return (normalized * scale + bias).astype(x.dtype), (x, scale, mean, rate)
+    variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+    mean, inverse_std = jax.lax.optimization_barrier((mean, jax.lax.rsqrt(variance + epsilon)))
+    normalized = (x32 - mean) * inverse_std
+    return (normalized * scale + bias).astype(x.dtype), (x, scale, mean, inverse_std)
 
 
 def _layer_norm_backward(epsilon: float, kept: Any, gradient: Array) -> tuple[Array, Array, Array]:
-    x, scale, mean, rate = kept
-    normalized, gradient = (x.astype(jnp.float32) - mean) * rate, gradient.astype(jnp.float32)
+    x, scale, mean, inverse_std = kept
+    normalized, gradient = (
+        (x.astype(jnp.float32) - mean) * inverse_std,
+        gradient.astype(jnp.float32),
+    )
     rows = tuple(range(x.ndim - 1))
     by_normalized = gradient * scale
     along_x = jnp.mean(by_normalized * normalized, axis=-1, keepdims=True)
     along_mean = jnp.mean(by_normalized, axis=-1, keepdims=True)
-    by_x = (by_normalized - along_mean - normalized * along_x) * rate
+    by_x = (by_normalized - along_mean - normalized * along_x) * inverse_std
     by_scale, by_bias = jnp.sum(gradient * normalized, rows), jnp.sum(gradient, rows)
     return by_x.astype(x.dtype), by_scale.astype(scale.dtype), by_bias.astype(scale.dtype)
 
