@@ -86,8 +86,7 @@ def default_config() -> ConfigDict:
                 # What the backward pass recomputes: none, dots, dots_no_hidden, full; or "auto",
                 # the first of these from dots on whose memory fits the devices.
                 "remat": "dots",
-                # Layers in one turn of the loop over them: more is faster on the CPU and on GPUs.
-                "unroll": 1,
+                "unroll": 1,  # layers in one turn of their loop; more is faster on CPUs and GPUs
                 "loss": "softmax",  # CLIP's; or SigLIP's "sigmoid", with model.logit_bias=True
                 # How a device meets the others' embeddings: "gather" holds all of them, "ring" two
                 # devices' and is slower.
