@@ -96,7 +96,10 @@ class MLPInit(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(
-    x: Float[Array, "*rows D"], scale: Float[Array, " D"], bias: Float[Array, " D"], epsilon: float
+    x: Float[Array, "*rows D"],
+    scale: Float[Array | np.ndarray, " D"],
+    bias: Float[Array | np.ndarray, " D"],
+    epsilon: float,
 ) -> Float[Array, "*rows D"]:
     """Layer normalisation computed in float32, returned in the dtype of x.
 
@@ -106,7 +109,9 @@ def layer_norm(
     return _layer_norm_forward(x, scale, bias, epsilon)[0]
 
 
-def _layer_norm_forward(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, Any]:
+def _layer_norm_forward(
+    x: Array, scale: Array | np.ndarray, bias: Array | np.ndarray, epsilon: float
+) -> tuple[Array, Any]:
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)

@@ -54,3 +54,9 @@ def test_its_backward_pass_keeps_x_and_two_numbers_a_row():
         ("float32", (4, 3, 1)),
         ("float32", (16,)),
     ]
+
+
+def test_it_takes_the_weights_of_a_model_that_was_loaded_and_not_moved_to_a_device():
+    x, scale, bias = operands("float32")
+    found = layer_norm(x, np.asarray(scale), np.asarray(bias), EPSILON)
+    np.testing.assert_array_equal(found, layer_norm(x, scale, bias, EPSILON))
