@@ -85,14 +85,15 @@ class Attention(nnx.Module):
         """
         q_BSKH = self.query(x_BTD if queries_BSD is None else queries_BSD)
         k_BTKH, v_BTKH = self.key(x_BTD), self.value(x_BTD)
-        fused = queries_BSD is None and has_fused_kernel(q_BSKH.dtype, q_BSKH.shape[-1])
+        all_ask = queries_BSD is None
+        fused = all_ask and has_fused_kernel(q_BSKH.dtype, q_BSKH.shape[-1])
         attend = functools.partial(
             jax.nn.dot_product_attention,
-            is_causal=self.causal and queries_BSD is None,
+            is_causal=self.causal and all_ask,
             key_value_seq_lengths=seen_B,
             implementation="cudnn" if fused else None,
         )
-        if queries_BSD is None and seen_B is None and not fused:
+        if all_ask and seen_B is None and not fused:
             group = _rows_at_once(q_BSKH)
             if group < len(q_BSKH):
                 attend = functools.partial(_attend_in_groups, attend, group)

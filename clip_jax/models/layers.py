@@ -122,10 +122,8 @@ def _layer_norm_forward(
 
 def _layer_norm_backward(epsilon: float, kept: Any, gradient: Array) -> tuple[Array, Array, Array]:
     x, scale, mean, inverse_std = kept
-    normalized, gradient = (
-        (x.astype(jnp.float32) - mean) * inverse_std,
-        gradient.astype(jnp.float32),
-    )
+    normalized = (x.astype(jnp.float32) - mean) * inverse_std
+    gradient = gradient.astype(jnp.float32)
     rows = tuple(range(x.ndim - 1))
     by_normalized = gradient * scale
     along_x = jnp.mean(by_normalized * normalized, axis=-1, keepdims=True)
