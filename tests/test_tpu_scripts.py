@@ -92,6 +92,12 @@ if "train.py" in sys.argv:
     sys.exit(int(status.read_text()) if status.exists() else 143)
 """
 
+SUDO = """
+import json, sys
+with open("sudo.record", "a") as record:
+    record.write(json.dumps(sys.argv[1:]) + "\\n")
+"""
+
 SLEEP = """
 import os, pathlib, sys
 with open(pathlib.Path(os.environ["FAKE"]) / "slept", "a") as slept:
@@ -113,6 +119,7 @@ class Cloud:
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.program("gcloud", GCLOUD)
         self.program("python3", PYTHON)
+        self.program("sudo", SUDO)
         self.program("sleep", SLEEP)
         self.env = {
             "PATH": str(self.bin),
@@ -319,6 +326,20 @@ def test_a_run_outlives_its_connection_until_it_is_stopped(cloud):
         assert cloud.calls() == [ssh_call("0", f"{WORKER} watch"), stop, stop]
     status, out, _ = cloud.run("train.sh", *WHERE, "--stop")
     assert (status, out.count("nothing runs")) == (0, 2)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_train_asks_for_huge_pages_and_goes_on_without(cloud, allowed):
+    cloud.set_up()
+    cloud.will_end_with(0)
+    if not allowed:
+        cloud.program("sudo", "raise SystemExit(1)")
+    status, _, err = cloud.run("train.sh", *WHERE, "--", "--config=c.py")
+    assert (status, err.count("no huge pages")) == (0, 0 if allowed else 2), err
+    ask = ["-n", "sh", "-c", "echo always >/sys/kernel/mm/transparent_hugepage/enabled"]
+    for worker in cloud.workers:
+        recorded = cloud.lines(f"{worker.name}/clip_jax/sudo.record")
+        assert recorded == ([ask] if allowed else [])
 
 
 def test_train_needs_setup_on_every_worker(cloud):
