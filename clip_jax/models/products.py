@@ -160,16 +160,17 @@ def _convolution_over_rows(x: Array, gradient: Array, kernel: Array, stride: int
             preferred_element_type=kernel.dtype,
         )
 
+    # One after the other: the compiler would copy the image for all taps before it multiplied.
     def multiply_at_each_tap(x: Array, gradient: Array) -> Array:
         around = (size // 2, size // 2)
         padded = jnp.pad(x, [(0, 0), around, around, (0, 0)])
-        taps = [
-            _of_matrices_over_rows(
-                padded[:, i::stride, j::stride][:, :height, :width], gradient, kernel.dtype
-            )
-            for i in range(size)
-            for j in range(size)
-        ]
-        return jnp.stack(taps).reshape(kernel.shape)
+        reach = [(pixels - 1) * stride + 1 for pixels in (height, width)]
+
+        def multiply(tap: Array) -> Array:
+            corner = (0, tap // size, tap % size, 0)
+            window = jax.lax.dynamic_slice(padded, corner, (x.shape[0], *reach, x.shape[3]))
+            return _of_matrices_over_rows(window[:, ::stride, ::stride], gradient, kernel.dtype)
+
+        return jax.lax.map(multiply, jnp.arange(size**2)).reshape(kernel.shape)
 
     return jax.lax.platform_dependent(x, gradient, cpu=multiply_at_each_tap, default=slide)
