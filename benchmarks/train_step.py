@@ -1,7 +1,8 @@
 """Seconds of a train step, ours and open_clip's, side by side in one run.
 
-    python benchmarks/train_step.py                                   # the CPU: ViT-B/32, RN50
-    python benchmarks/train_step.py --models ViT-B/16 --batch 256 \
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \\
+        python benchmarks/train_step.py                               # the CPU: ViT-B/32, RN50
+    python benchmarks/train_step.py --models ViT-B/16 --batch 256 \\
         --dtype bfloat16 --compile                                    # a GPU
 
 Both train the same architecture on the same batch of random pixels and ids, from uint8 images to
