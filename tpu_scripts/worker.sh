@@ -27,7 +27,7 @@ setup() {
 start() {
   ! running || die "a run is going on: train.sh --watch or --stop"
   [[ -x .venv/bin/python ]] || die "not set up: run setup.sh first"
-  # The TPU's runtime starts much faster with huge pages. Lasts until the worker's next boot.
+  # JAX asks for it: the TPU's runtime starts and stops faster. Lasts until the worker's next boot.
   sudo -n sh -c 'echo always >/sys/kernel/mm/transparent_hugepage/enabled' ||
     echo "warning: $HOSTNAME: no huge pages; the TPU will be slow to start" >&2
   if [[ -e train.log ]]; then mv train.log train.log.1; fi
