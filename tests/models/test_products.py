@@ -89,3 +89,14 @@ def test_so_it_is_by_the_kernel_of_a_convolution(size, stride):
     np.testing.assert_allclose(by_kernel, exact_by_kernel, rtol=1e-4, atol=1e-4)
     for found, exact in ((product, expected), (by_x, exact_by_x)):
         np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=1e-2, atol=0.1)
+
+
+def test_on_a_cpu_the_gradient_by_a_kernel_copies_the_image_for_one_tap_at_a_time():
+    image, kernel = drawn(8, 32, 32, 32), drawn(3, 3, 32, 32)
+
+    def by_kernel(image, gradient):
+        return jax.vjp(lambda kernel: convolve(image, kernel, 1), kernel)[1](gradient)
+
+    compiled = jax.jit(by_kernel).lower(image, image).compile()
+    # Padded, and one window of it.
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * image.nbytes
