@@ -15,7 +15,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from clip_jax.models.layers import NARROW, Dense, zeros
-from clip_jax.models.rows import keep_rows, where_rows_lie
+from clip_jax.models.rows import keep_rows, rows_at_once, where_rows_lie
 
 # Of attention's scores, float32, so many bytes are computed at once where a step is compiled for
 # many rows: what fits into a TPU's vector memory is never written to its main memory.
@@ -93,9 +93,10 @@ class Attention(nnx.Module):
             key_value_seq_lengths=seen_B,
             implementation="cudnn" if fused else None,
         )
-        if all_ask and seen_B is None and not fused:
-            group = _rows_at_once(q_BSKH)
-            if group < len(q_BSKH):
+        if all_ask and seen_B is None and not fused and where_rows_lie():
+            rows, tokens, heads, _ = q_BSKH.shape
+            group = rows_at_once(rows, SCORES_AT_ONCE // (4 * heads * tokens**2))
+            if group < rows:
                 attend = functools.partial(_attend_in_groups, attend, group)
         found_BSKH = attend(q_BSKH, k_BTKH, v_BTKH)
         heads_as_one = found_BSKH.reshape(*found_BSKH.shape[:2], -1)
@@ -112,23 +113,13 @@ def has_fused_kernel(dtype: Any, head_width: int) -> bool:
     return head_width % 8 == 0 and head_width <= 128
 
 
-def _rows_at_once(q_BTKH: Array) -> int:
-    """How many rows, of all devices together, have no more than `SCORES_AT_ONCE` on a device."""
-    rows, (batch, tokens, heads, _) = where_rows_lie(), q_BTKH.shape
-    if rows is None or batch % rows.devices:
-        return batch
-    own, bytes_of_one = batch // rows.devices, 4 * heads * tokens**2
-    fitting = (n for n in range(own, 1, -1) if own % n == 0 and n * bytes_of_one <= SCORES_AT_ONCE)
-    return rows.devices * next(fitting, 1)
-
-
 def _attend_in_groups(
     attend: Callable[..., Array], size: int, q_BTKH: Array, k_BTKH: Array, v_BTKH: Array
 ) -> Array:
     """`attend`, `size` rows after `size` rows; the backward pass computes their scores again.
 
-    A group has every so many-th row, so that each device has its share of every group. Between
-    products and groups the heads are one axis, see `Dense`.
+    The groups are those of `rows.rows_at_once`. Between products and groups the heads are one axis,
+    see `Dense`.
     """
     heads = q_BTKH.shape[2]
 

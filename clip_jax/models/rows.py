@@ -48,6 +48,20 @@ def where_rows_lie() -> Rows | None:
     return _rows.get()
 
 
+def rows_at_once(rows: int, most: int) -> int:
+    """The size of groups of an array's rows that have at most `most` of each device's own, or one.
+
+    They are equal, and as large as that allows. Where a group takes every so many-th row, each
+    device has its share of every group. Rows that `rows_lie` did not place are one device's.
+    """
+    placed = _rows.get()
+    devices = placed.devices if placed else 1
+    own, uneven = divmod(rows, devices)
+    if uneven:
+        return rows
+    return devices * next((n for n in range(min(own, most), 1, -1) if own % n == 0), 1)
+
+
 def keep_rows(x: Array) -> Array:
     """Marks activations, whose leading axis is the rows, with the sharding of `rows_lie`."""
     rows = _rows.get()

@@ -103,7 +103,7 @@ def test_the_shapes_are_those_of_training_and_less_is_kept_where_more_is_recompu
     assert int(state.step) == 1
     assert np.isfinite(metrics["loss"])
     full = make_program(config, mesh, "full")
-    assert peak_bytes(full, full.compile()) < 0.8 * peak_bytes(program, compiled)
+    assert peak_bytes(full, full.compile()) < 0.85 * peak_bytes(program, compiled)
 
 
 @pytest.mark.parametrize(("limit", "chosen"), [*zip((60, 59, 39), AUTO_REMATS, strict=True)])
