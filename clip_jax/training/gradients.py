@@ -1,7 +1,7 @@
 """The gradient of the whole batch's loss, exactly, on any mesh and in any number of microbatches.
 
-Where the mesh splits nothing but the batch, the towers run under `jax.shard_map`, each device on
-its own rows, and gradients are summed once a step, in float32, after the last layer; where it
+Where the mesh splits the batch and nothing else, the towers run under `jax.shard_map`, each device
+on its own rows, and gradients are summed once a step, in float32, after the last layer; where it
 splits parameters, too, the partitioner places the sums. The loss is a function of embeddings alone,
 which makes accumulation exact: embed all microbatches, differentiate the loss of the whole batch by
 the embeddings, go back through the last microbatch, and embed the others again to do so.
@@ -120,9 +120,10 @@ class _OverRows:
 
     Attributes:
         mesh: of all devices.
-        axis_names: the axes that split the rows; () leaves the work to the partitioner. (XLA's
-            cannot be trusted with a function of which it is given some axes only: it aborts on
-            meshes that split parameters over two.)
+        axis_names: the axes that split the rows; () leaves the work to the partitioner, which has
+            none on one device. (XLA's cannot be trusted with a function of which it is given some
+            axes only: it aborts on meshes that split parameters over two. And on a CPU it keeps a
+            sum over one device, of all gradients, for which every update of a parameter waits.)
     """
 
     mesh: Mesh
@@ -130,7 +131,7 @@ class _OverRows:
 
     @classmethod
     def of(cls, mesh: Mesh) -> "_OverRows":
-        return cls(mesh, BATCH_AXES if mesh.shape["data"] == mesh.size else ())
+        return cls(mesh, BATCH_AXES if mesh.shape["data"] == mesh.size > 1 else ())
 
     def map(self, embed: Callable[..., Any]) -> Callable[..., Any]:
         """(copies, what all devices have, rows) -> (rows, what all have), each on its own rows."""

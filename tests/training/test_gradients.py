@@ -179,10 +179,11 @@ def test_frozen_parameters_have_no_gradient_and_the_others_the_same(plain):
     assert_equal((1.0, gradients["text"], {}), (1.0, wanted["text"], {}))
 
 
-def compiled(accumulate, rows, shape=(8, 1, 1), dtype="float32"):
-    mesh, model = mesh_of(*shape), abstract_model(FEW_WORDS, dtype)
-    function = make_gradients(model, Preprocess(16), mesh, accumulate=accumulate)
-    batch = shard_batch(batch_for(FEW_WORDS, rows), mesh)
+def compiled(accumulate, rows, shape=(8, 1, 1), dtype="float32", config=FEW_WORDS):
+    mesh, model = mesh_of(*shape), abstract_model(config, dtype)
+    preprocess = Preprocess(config.vision.image_size)
+    function = make_gradients(model, preprocess, mesh, accumulate=accumulate)
+    batch = shard_batch(batch_for(config, rows), mesh)
     keys = image_keys(jax.random.key(0), rows)
     return jax.jit(function).lower(model.params, model.batch_stats, batch, keys).compile()
 
@@ -217,6 +218,11 @@ def test_gradients_are_summed_once_in_float32_when_only_the_batch_is_split(accum
     for line in sums:
         assert "bf16" not in line.split(" all-reduce(")[0]
         assert line in entry  # not in the body of a loop, over layers or over microbatches
+
+
+def test_on_one_device_no_gradient_waits_for_a_sum_of_all():
+    program = compiled(1, 16, (1, 1, 1), config=RESNET).as_text()
+    assert program.count(" all-reduce(") <= 1  # the loss's
 
 
 @pytest.mark.parametrize(
