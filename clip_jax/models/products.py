@@ -48,7 +48,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 # On a TPU, [B, T, D] is laid out in tiles of its own wherever T is no multiple of 8, and a reshape
 # to a matrix is a copy. On the CPU, that matrix makes a training step a tenth faster; on a GPU the
-# gradient by the kernel would otherwise be computed from transposed copies. On the CPU it should be:
+# gradient by the kernel would otherwise be computed from transposed copies. On the CPU it is, for
 # its fastest product takes matrices as they lie.
 def _product(x: Array, matrix: Array) -> Array:
     return jax.lax.platform_dependent(x, matrix, tpu=jnp.matmul, default=_of_matrices)
